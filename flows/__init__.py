@@ -1,0 +1,1 @@
+"""One flow per file, and the command line that starts them."""

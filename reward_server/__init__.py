@@ -1,0 +1,1 @@
+"""The reward model behind HTTP: application, batching, scorer, schemas and a typed client."""

@@ -1,0 +1,1 @@
+"""Plain Python about titles: stories, prompts, filters, rewards, statistics, configuration and errors."""

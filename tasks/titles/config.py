@@ -1,0 +1,193 @@
+"""Profiles (what a run does) and settings (where services are, secrets)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from tasks.titles.errors import ConfigError
+
+PROFILES_DIR = Path(__file__).resolve().parents[2] / "deployments" / "profiles"
+EngineName = Literal["art", "trl"]
+
+
+class PerEngine(BaseModel):
+    """One number per engine, for the few settings that the two frameworks need different values of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    art: float = Field(gt=0, allow_inf_nan=False)
+    trl: float = Field(gt=0, allow_inf_nan=False)
+
+
+class Profile(BaseModel):
+    """Everything that decides what a run does. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    engine: EngineName = "art"
+    seed: int = 1
+
+    # stories
+    stories: str = Field("starter", description="'starter', a .parquet or .jsonl file, or a hub data set's name")
+    minimum_score: int = Field(20, ge=0, description="stories below this many upvotes are no prompts")
+    train_stories: int = Field(description="training prompts at most", ge=1)
+    val_stories: int = Field(description="validation prompts at most", ge=1)
+    test_stories: int = Field(description="test prompts at most", ge=1)
+    max_prompt_tokens: int = Field(ge=16)
+    max_completion_tokens: int = Field(100, ge=1)
+
+    # models
+    base_model: str = Field("starter", description="'starter', a folder or a hub name")
+    reward_model: str = Field("starter", description="'starter', a folder or a hub name")
+    heldout_reward_model: str | None = Field(
+        None, description="a second reward model that training never sees; 'starter', a folder or a hub name"
+    )
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    # training
+    group_size: int = Field(6, ge=2, description="titles per prompt")
+    groups_per_step: int = Field(ge=1, description="prompts per policy update")
+    max_steps: int = Field(ge=1)
+    learning_rate: PerEngine
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: int = Field(8, ge=1)
+    max_grad_norm: float = Field(0.1, gt=0)
+    kl_beta: float = Field(0.0, ge=0)
+    loss: Literal["cispo", "ppo"] = Field("cispo", description="ART's loss: its default CISPO, or PPO's clipped ratio")
+    updates_per_step: Literal["one", "per_sequence"] = Field(
+        "one", description="one optimiser update a step, or ART's own habit: one per packed sequence"
+    )
+    packed_sequence_length: int | None = Field(
+        None, description="tokens per packed training sequence; unset: ART rounds up to a multiple of 2,048"
+    )
+
+    # sampling while training: anything but these values biases the importance ratio
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    # guards
+    rollout_concurrency: int = Field(64, ge=1, description="titles in the making at once")
+    max_failed_share: float = Field(0.2, ge=0, le=1, description="share of failed trajectories that stops the run")
+    max_empty_batches: int = Field(5, ge=1, description="batches without any spread of rewards that stop the run")
+    canary_tolerance: float = Field(
+        0.05, gt=0, description="largest difference of one token's log-probability, in nats"
+    )
+    prefect_rollouts: bool = Field(True, description="one Prefect task run per trajectory group, or plain coroutines")
+
+    # evaluation and checkpoints
+    eval_steps: int = Field(10, ge=1, description="evaluate on the validation stories every this many steps")
+    keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept besides the best")
+    bootstrap_samples: int = Field(2000, ge=100)
+
+    @model_validator(mode="after")
+    def _sampling_is_unbiased(self) -> Profile:
+        wanted = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        wrong = {key: getattr(self, key) for key, value in wanted.items() if getattr(self, key) != value}
+        if wrong:
+            raise ValueError(
+                f"training must sample with {wanted}, but {wrong} was set: truncated or tempered sampling "
+                "biases the importance ratio. Remove the setting."
+            )
+        return self
+
+
+class Settings(BaseSettings):
+    """Addresses and secrets, from the environment or `.env`; never from flow parameters."""
+
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore")
+
+    reward_model_url: str | None = Field(default=None, description="a reward server; unset: the run starts its own")
+    reward_model_api_key: SecretStr | None = None
+    heldout_reward_model_url: str | None = None
+    hf_endpoint: str | None = None
+    mlflow_tracking_uri: str | None = Field(default=None, description="unset: SQLite in the runs directory")
+    prefect_api_url: str | None = None
+    runs_dir: Path = Path("runs")
+    """One folder per run, and MLflow's database where no tracking server is given."""
+
+
+def export_hub_endpoint() -> None:
+    """Give `HF_ENDPOINT` from `.env` to the hub's client, which reads only the environment, once, at its import."""
+    endpoint = Settings().hf_endpoint
+    if endpoint:
+        os.environ.setdefault("HF_ENDPOINT", endpoint)
+
+
+def profile_names() -> list[str]:
+    """Return the names of the profiles that come with the project."""
+    return sorted(path.stem for path in PROFILES_DIR.glob("*.toml"))
+
+
+def load_profile(name_or_path: str, overrides: Sequence[str] = ()) -> Profile:
+    """Read a profile by name or path, apply `key=value` overrides and check it.
+
+    A dotted key reaches into a table (`learning_rate.art=1e-3`). A value is read as JSON where it is
+    JSON (`5`, `true`, `null`, `1e-3`) and as a string otherwise.
+
+    Raises `ConfigError` for an unknown profile, an unknown key or a value out of range.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = PROFILES_DIR / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise ConfigError(
+            f"No profile '{name_or_path}'. Expected one of {', '.join(profile_names())}, or the path of a .toml file."
+        )
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    values.setdefault("name", path.stem)
+    _override(values, overrides)
+    return parse_profile(values, source=str(path.name))
+
+
+def override_profile(profile: Profile, overrides: Sequence[str]) -> Profile:
+    """Return `profile` with `key=value` overrides; raise `ConfigError` as `load_profile` does."""
+    values = profile.model_dump(mode="json")
+    _override(values, overrides)
+    return parse_profile(values, source=profile.name)
+
+
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set expects key=value, got '{override}'.")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        *tables, last = key.strip().split(".")
+        table = values
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"--set {override}: '{part}' is not a table.")
+        table[last] = value
+
+
+def parse_profile(values: dict[str, Any], *, source: str) -> Profile:
+    """Check plain values against `Profile`; raise `ConfigError` naming each wrong key."""
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "profile"
+            problem = "no such setting" if item["type"] == "extra_forbidden" else item["msg"]
+            came = "" if item["type"] in {"missing", "value_error"} else f" (got {item['input']!r})"
+            lines.append(f"  {key}: {problem}{came}")
+        known = ", ".join(Profile.model_fields)
+        raise ConfigError(f"Profile {source} is not usable:\n" + "\n".join(lines) + f"\nSettings: {known}") from error

@@ -1,0 +1,82 @@
+"""Every error that this project raises on purpose.
+
+HnTitlesError                  what was expected, what came, what to do
+├── UserError                  the user can mend it: shown without a traceback, exit code 2
+│   ├── ConfigError            a profile, a setting or a flag
+│   └── DataError              stories that cannot be read or of which none are left
+├── ServiceError               something we talk to over HTTP
+│   ├── ServiceUnavailable     down, slow or overloaded after all retries (transient)
+│   ├── ServiceRejected        it refused the request; asking again will not help
+│   └── UnreadableVerdict      the validator answered neither True nor False
+├── RunStopped                 training stopped itself; the reason says why
+│   ├── TooManyFailures        more trajectories failed than the profile allows
+│   ├── NothingToTrainOn       no group had any spread of rewards for too many batches
+│   └── SamplerDisagrees       the canary: sampler and trainer hold different weights
+└── CheckpointError            a checkpoint that is missing, incomplete or of another run
+"""
+
+from __future__ import annotations
+
+
+class HnTitlesError(Exception):
+    """Base of the tree above."""
+
+    exit_code = 1
+
+
+class UserError(HnTitlesError):
+    """Something the user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A profile, a setting or a flag is wrong."""
+
+
+class DataError(UserError):
+    """Stories cannot be read, or none are left after the filters."""
+
+
+class ServiceError(HnTitlesError):
+    """A service we talk to over HTTP did not do what was asked."""
+
+    exit_code = 3
+    service = "service"
+    """Which one (policy, validator, reward model); failures are counted under it."""
+
+
+class ServiceUnavailable(ServiceError):
+    """Down, slow or overloaded after all retries."""
+
+
+class ServiceRejected(ServiceError):
+    """The service refused the request; the same request will be refused again."""
+
+
+class UnreadableVerdict(ServiceError):
+    """The validator answered neither True nor False."""
+
+
+class RunStopped(HnTitlesError):
+    """Training stopped itself; the message is the reason."""
+
+    exit_code = 4
+
+
+class TooManyFailures(RunStopped):
+    """More trajectories failed than the profile allows."""
+
+
+class NothingToTrainOn(RunStopped):
+    """No trajectory group had any spread of rewards for too many batches in a row."""
+
+
+class SamplerDisagrees(RunStopped):
+    """The canary: sampler and trainer give one fixed title different log-probabilities."""
+
+
+class CheckpointError(HnTitlesError):
+    """A checkpoint is missing, incomplete or belongs to another run."""
+
+    exit_code = 5
