@@ -1,0 +1,203 @@
+"""The reward model itself: text in, predicted log upvotes out. It knows no HTTP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from reward_server.errors import BadInput
+from reward_server.model_files import ModelFiles, find_model, is_classifier
+from reward_server.schemas import ScoreRequest
+from reward_server.settings import RewardServerSettings
+from tasks.titles.errors import ConfigError
+from tasks.titles.prompts import reward_model_text
+
+logger = logging.getLogger(__name__)
+
+_BODY_START, _BODY_END = "<body>", "</body>\n<title>"
+
+
+def silence_transformers() -> None:
+    """Keep transformers' progress bars and load reports off the terminal and out of logs.
+
+    Its report calls a head that the adapter brings «newly initialized»; `load_classifier` checks what is missing.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def text_of(request: ScoreRequest) -> str:
+    """Return what the model reads for `request`, uncut."""
+    return reward_model_text(
+        title=request.title,
+        by=request.by or "",
+        time=request.time,
+        scraped_body=request.scraped_body,
+        url=request.url or "",
+    )
+
+
+def load_classifier(files: ModelFiles, dtype: torch.dtype) -> Any:
+    """Load the classifier of `files` on the CPU, its adapter unmerged; safetensors only, no remote code.
+
+    Raises `ConfigError` where it cannot be loaded, has another number of outputs than one, or where part of it
+    is in none of the files (transformers would fill the part with random numbers).
+    """
+    # A base that is no classifier gets its head from the adapter.
+    labels = {} if is_classifier(files.base) else {"num_labels": 1}
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            files.base, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **labels
+        )
+        missing = set(info["missing_keys"])
+        if files.adapter is not None:
+            missing -= _adapter_shapes(files.adapter, missing)
+        if missing:
+            raise ConfigError(
+                f"Reward model '{files.name}' is incomplete: {', '.join(sorted(missing)[:5])} are in none of its "
+                "files. Save the classification head with it (PEFT: task_type SEQ_CLS)."
+            )
+        if files.adapter is not None:
+            # PEFT would keep adapter weights in float32 beside a bfloat16 model; one dtype throughout is plainer.
+            model = PeftModel.from_pretrained(model, str(files.adapter), autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"Reward model '{files.name}' cannot be loaded: {error}") from error
+    return model.eval()
+
+
+def _adapter_shapes(adapter: Path, wanted: set[str]) -> set[str]:
+    """Return which of the `wanted` weights the adapter brings, after a look at their shapes."""
+    found = set()
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+            name = key.removeprefix("base_model.model.").replace("modules_to_save.", "")
+            if name not in wanted:
+                continue
+            shape = file.get_slice(key).get_shape()
+            if shape[0] != 1:
+                raise ConfigError(
+                    f"The adapter in {adapter} has a head with {shape[0]} outputs ({name}); a reward model has one."
+                )
+            found.add(name)
+    return found
+
+
+class Scorer:
+    """A loaded reward model.
+
+    `encode` and `score_tokens` may run in two different threads, but each in one thread at a time.
+    """
+
+    def __init__(self, files: ModelFiles, *, device: str, dtype: torch.dtype, max_length: int) -> None:
+        """Load the model onto `device`; `max_length` is in tokens and never above what the model can read."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', but PyTorch sees no CUDA device. Use --device cpu.")
+        self.name = files.name
+        self.device = device
+        self.dtype = str(dtype).removeprefix("torch.")
+        self._tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
+        if not self._tokenizer.is_fast:
+            raise ConfigError(f"The tokenizer of '{files.name}' is a slow one; save its tokenizer.json with the model.")
+        model = load_classifier(files, dtype)
+        if files.adapter is not None and dtype == torch.float32:
+            # Merged, the adapter costs no time. In bfloat16 the sum would round most of a small adapter away.
+            model = model.merge_and_unload()
+        config: Any = model.config
+        self._pad_id = _pad_id(config.pad_token_id, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        # Decoder classifiers read their score at the last token that is not this one.
+        config.pad_token_id = self._pad_id
+        config.use_cache = False
+        limits = (max_length, self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        self.max_length = min(limit for limit in limits if limit)
+        self._model = _with_float32_head(model).to(device)
+        self.version = files.version()
+        self._probe = self.encode([ScoreRequest(title="A title", scraped_body="A body.")])
+        logger.info(
+            "Reward model %s (version %s) on %s in %s, reads %d tokens",
+            self.name, self.version, self.device, self.dtype, self.max_length,
+        )  # fmt: skip
+
+    def score_texts(self, requests: Sequence[ScoreRequest]) -> list[float]:
+        """Return the score of each request, in its order, all in one forward pass."""
+        return self.score_tokens(self.encode(requests))
+
+    def encode(self, requests: Sequence[ScoreRequest]) -> list[list[int]]:
+        """Return the token ids of each request, at most `max_length`; a body that is too long loses its end.
+
+        Raises `BadInput` where title, URL and submitter alone are too long.
+        """
+        texts = [text_of(request) for request in requests]
+        return [
+            ids if len(ids) <= self.max_length else self._cut(text)
+            for text, ids in zip(texts, self._tokenize(texts)["input_ids"], strict=True)
+        ]
+
+    def score_tokens(self, batch: Sequence[Sequence[int]]) -> list[float]:
+        """Return the score of each of `batch`, lists of token ids, from one forward pass with right padding."""
+        longest = max(len(ids) for ids in batch)
+        input_ids = torch.full((len(batch), longest), self._pad_id)
+        mask = torch.zeros((len(batch), longest), dtype=torch.long)
+        for row, ids in enumerate(batch):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        with torch.inference_mode():
+            logits = self._model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)).logits
+        return logits[:, 0].float().tolist()
+
+    def probe(self) -> float:
+        """Return the score of a tiny text: the model works."""
+        return self.score_tokens(self._probe)[0]
+
+    def _tokenize(self, texts: list[str], **options: Any) -> Any:
+        # Special tokens that an article spells out are read as plain characters.
+        return self._tokenizer(texts, split_special_tokens=True, **options)
+
+    def _cut(self, text: str) -> list[int]:
+        start = text.index(_BODY_START) + len(_BODY_START)
+        end = text.rindex(_BODY_END)
+        encoded = self._tokenize([text], return_offsets_mapping=True)
+        body_tokens = [left for left, right in encoded["offset_mapping"][0] if start <= left < end and right > left]
+        # The pieces may split into other tokens once they are joined: drop as many more as are still too many.
+        keep = len(body_tokens) - (len(encoded["input_ids"][0]) - self.max_length)
+        while keep >= 0:
+            shorter = text[: body_tokens[keep]] + text[end:]
+            ids = self._tokenize([shorter])["input_ids"][0]
+            if len(ids) <= self.max_length:
+                return ids
+            keep -= len(ids) - self.max_length
+        raise BadInput(
+            f"Title, URL and submitter alone are longer than the {self.max_length} tokens that the reward model reads."
+        )
+
+
+def load_scorer(settings: RewardServerSettings) -> Scorer:
+    """Find and load the reward model that `settings` name. Raises `ConfigError` where that is not possible."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    dtype = settings.dtype if settings.dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[settings.device]
+    files = find_model(settings.model)
+    return Scorer(files, device=settings.device, dtype=getattr(torch, dtype), max_length=settings.max_length)
+
+
+def _pad_id(*candidates: int | None) -> int:
+    for candidate in candidates:
+        if candidate is not None:
+            return candidate
+    raise ConfigError("Neither the reward model nor its tokenizer names a padding or an end token.")
+
+
+def _with_float32_head(model: torch.nn.Module) -> torch.nn.Module:
+    """Compute the last product of a decoder classifier in float32: bfloat16 knows no number between 4 and 4.03."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "score":
+            module.float()
+            module.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+    return model

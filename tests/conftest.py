@@ -1,0 +1,33 @@
+"""Fixtures that several kinds of tests share; each is made when the first test asks for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# The tests start several processes that compute at the same time. More threads than cores wait for each
+# other in busy loops, which makes small models ten times slower. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture(scope="session")
+def prefect_harness() -> Iterator[None]:
+    """A Prefect server and database of the tests' own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
+def reward_server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A reward server with the starter reward model, in a process of its own."""
+    from reward_server.process import RewardServerProcess
+
+    log: Path = tmp_path_factory.mktemp("reward-server") / "reward-server.log"
+    with RewardServerProcess("starter", log_path=log, threads=1) as server:
+        yield server.url
