@@ -1,0 +1,93 @@
+"""Where a run continues: its last complete checkpoint, and everything after it taken back.
+
+A step is done in this order: the trainer writes the checkpoint's folder by rename; the step is
+validated where due; its metrics go into the journal; `cursor.json` goes into the folder, which is the
+commit mark; then MLflow is told. A kill at any moment leaves at most one folder without its mark and at
+most one row of the journal after the last mark. Both are dropped here, and the step is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from tasks.engines.checkpoints import (
+    complete_steps,
+    discard_incomplete,
+    latest_complete,
+    read_cursor,
+    step_folder,
+    steps_on_disk,
+)
+from tasks.engines.contract import TrainingRequest
+from tasks.engines.journal import Journal
+from tasks.engines.training_state import TrainingState, check_continues
+from tasks.titles.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+ART_PROJECT = "hn-titles"
+ART_MODEL = "policy"
+
+
+def art_folder(run_dir: Path) -> Path:
+    """Return the folder that ART's backend works in."""
+    return run_dir / "art"
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    """Return where ART keeps checkpoints: one folder per step, its name the step in four digits."""
+    return art_folder(run_dir) / ART_PROJECT / "models" / ART_MODEL / "checkpoints"
+
+
+def adapter_folder(run_dir: Path, step: int) -> Path:
+    """Return the folder of checkpoint `step`."""
+    return step_folder(checkpoints_folder(run_dir), step)
+
+
+def journal_of(run_dir: Path) -> Journal:
+    """Return the run's journal of metrics."""
+    return Journal(run_dir / "metrics.jsonl")
+
+
+def stored_state(run_dir: Path) -> TrainingState | None:
+    """Return what the last complete checkpoint remembers, or None for a run that has none. Changes nothing."""
+    folder = checkpoints_folder(run_dir)
+    step = latest_complete(folder)
+    return None if step is None else TrainingState.from_json(read_cursor(step_folder(folder, step)))
+
+
+def prepare_to_continue(request: TrainingRequest) -> TrainingState | None:
+    """Bring the run's directory back to its last complete checkpoint and return its state, None for a fresh run.
+
+    Must come before ART looks at the folders: it takes the highest number for the current step.
+
+    Raises `CheckpointError` for checkpoints of another run, and for checkpoints without a cursor that no
+    kill can have left: nobody knows which stories they have seen.
+    """
+    folder = checkpoints_folder(request.run_dir)
+    state = stored_state(request.run_dir)
+    if state is not None:
+        check_continues(state, request)
+    latest = state.cursor.step if state else -1
+    incomplete = set(steps_on_disk(folder)) - set(complete_steps(folder))
+    unexplained = sorted(incomplete - {latest + 1})
+    if unexplained:
+        raise CheckpointError(
+            f"Checkpoint {', '.join(map(str, unexplained))} in {folder} has no cursor, so the stories that it has seen "
+            "are unknown and the run cannot be continued from there. Put its cursor.json back, or start under another "
+            "run name."
+        )
+    if discard_incomplete(folder):
+        logger.info("Dropped what a killed run left of step %d", latest + 1)
+    journal_of(request.run_dir).cut_after(latest)
+    return state
+
+
+def write_whole(path: Path, values: object) -> None:
+    """Write JSON so that a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+    draft.replace(path)

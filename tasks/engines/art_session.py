@@ -1,0 +1,262 @@
+"""An open ART backend with its policy: a server of the base model and of every checkpoint, and a trainer.
+
+On a CPU the backend is this project's own subclass of ART's `LocalBackend`; on a GPU it is `LocalBackend`
+itself, where Unsloth trains and vLLM serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from tasks.engines.art_resume import (
+    ART_MODEL,
+    ART_PROJECT,
+    adapter_folder,
+    art_folder,
+    checkpoints_folder,
+    prepare_to_continue,
+)
+from tasks.engines.canary import canary_tokens, check_canary
+from tasks.engines.checkpoints import steps_on_disk
+from tasks.engines.contract import TrainingRequest
+from tasks.engines.training_state import TrainingState
+from tasks.titles.config import Profile
+from tasks.titles.errors import CheckpointError, ConfigError
+from tasks.titles.rollout import RolloutGroup
+
+logger = logging.getLogger(__name__)
+
+BASE_MODEL_NAME = "base"
+# What the validator reads besides body and title is longer than what the policy reads; its prompt must fit, too.
+VALIDATOR_EXTRA_TOKENS = 256
+# Trainer and server share one GPU; the published settings leave the other half to Unsloth.
+GPU_MEMORY_SHARE = 0.5
+# ART computes log-probabilities in chunks of this many tokens; a packed sequence must be a multiple of it.
+LOGPROB_CHUNK = 1024
+
+
+class ArtSession:
+    """A registered policy: implements `contract.PolicyEndpoint` and trains. Open it with `open_session`."""
+
+    def __init__(self, *, request: TrainingRequest, backend: Any, model: Any, context_tokens: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.profile = request.profile
+        self.backend = backend
+        self.model = model
+        self.run_dir = request.run_dir
+        self.context_tokens = context_tokens
+        """What the policy's context holds, in tokens."""
+        self.base_url: str = model.inference_base_url
+        self.api_key: str = model.inference_api_key
+        self.base_model_name = BASE_MODEL_NAME
+        self._canary = canary_tokens(AutoTokenizer.from_pretrained(request.base_model))
+        self._loaded = {self.step}
+
+    @property
+    def step(self) -> int:
+        """The policy's current step: the highest checkpoint on disk."""
+        return max(steps_on_disk(checkpoints_folder(self.run_dir)), default=0)
+
+    async def model_name(self, step: int) -> str:
+        """Return the name that checkpoint `step` is served under, loading it where needed."""
+        folder = adapter_folder(self.run_dir, step)
+        if step not in self._loaded:
+            if not folder.is_dir():
+                raise CheckpointError(f"There is no checkpoint {step} to serve: {folder} does not exist.")
+            service = await self.backend._get_service(self.model)
+            await service.register_lora_for_step(step, str(folder))
+            self._loaded.add(step)
+        return f"{ART_MODEL}@{step}"
+
+    async def train(self, groups: Sequence[RolloutGroup], *, step: int) -> dict[str, float]:
+        """Make one policy update, from checkpoint `step - 1` to `step`, and return ART's metrics.
+
+        The server answers for the new checkpoint when this returns.
+        """
+        import art
+
+        trajectory_groups = [
+            art.TrajectoryGroup(
+                [
+                    # The reward is always given: ART's own default is 0.
+                    art.Trajectory(
+                        messages_and_choices=[*rollout.messages, rollout.choice],  # type: ignore[list-item]
+                        reward=rollout.reward,
+                    )
+                    for rollout in group.rollouts
+                ],
+                metadata={"scenario_id": group.prompt.story.id},
+            )
+            for group in groups
+        ]
+        packed = self.profile.packed_sequence_length
+        result = await self.backend.train(
+            self.model,
+            trajectory_groups,
+            learning_rate=self.profile.learning_rate.art,
+            loss_fn=self.profile.loss,
+            kl_penalty_coef=self.profile.kl_beta,
+            packed_sequence_length=packed,
+            logprob_calculation_chunk_size=min(LOGPROB_CHUNK, packed) if packed else LOGPROB_CHUNK,
+        )
+        updates = result.metrics.get("data/step_num_gradient_steps", 0.0)
+        if result.step != step or not updates:
+            raise CheckpointError(
+                f"ART must have made checkpoint {step} by at least one update, but made {updates:g} and stands at "
+                f"step {result.step}. Every group has a spread of rewards, so its trajectories were not usable: "
+                "look at its log."
+            )
+        self._loaded.add(step)
+        return dict(result.metrics)
+
+    async def check_canary(self, step: int) -> float | None:
+        """Return the largest difference, in nats, between server and trainer on a fixed title at checkpoint `step`.
+
+        Raises `SamplerDisagrees` above the profile's `canary_tolerance`. None on a GPU, where ART's
+        trainer cannot be asked for log-probabilities.
+        """
+        if self.profile.device == "cuda":
+            return None
+        trainer = await self.backend.trainer_logprobs(self.model, self._canary)
+        return await check_canary(
+            self.model.openai_client(),
+            await self.model_name(step),
+            self._canary,
+            trainer,
+            self.profile.canary_tolerance,
+        )
+
+    async def forget(self, keep: set[int]) -> None:
+        """Unload every checkpoint but those of `keep` from the server."""
+        await self.backend.prune_model_adapters(self.model, retain_steps=keep)
+        self._loaded &= keep
+
+
+@asynccontextmanager
+async def open_session(request: TrainingRequest) -> AsyncIterator[tuple[ArtSession, TrainingState | None]]:
+    """Bring the run's directory in order, open the backend and register the policy; close it whatever happens.
+
+    Yields the session and the state to continue from, None for a fresh run.
+
+    Raises `ConfigError` for settings that ART cannot follow and `CheckpointError` for a directory that
+    cannot be continued.
+    """
+    profile = request.profile
+    check_art_settings(profile)
+    state = prepare_to_continue(request)
+    _prepare_environment()
+    import art
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+    context = context_tokens(request.base_model, profile)
+    if profile.max_prompt_tokens + profile.max_completion_tokens > context:
+        raise ConfigError(
+            f"max_prompt_tokens + max_completion_tokens = {profile.max_prompt_tokens + profile.max_completion_tokens} "
+            f"is more than the {context} tokens that {request.base_model} reads. Lower one of them."
+        )
+    if profile.device == "cuda":
+        from art.local import LocalBackend
+
+        backend: Any = LocalBackend(path=str(art_folder(request.run_dir)))
+        internal_config = gpu_config(profile)
+    else:
+        from tasks.engines.cpu.backend import CpuBackend
+        from tasks.engines.cpu.settings import CpuSettings
+
+        backend = CpuBackend(
+            path=str(art_folder(request.run_dir)),
+            settings=CpuSettings(
+                lora_rank=profile.lora_rank,
+                lora_alpha=profile.lora_alpha,
+                max_grad_norm=profile.max_grad_norm,
+                updates_per_step=profile.updates_per_step,
+                seed=profile.seed,
+            ),
+        )
+        internal_config = None
+    try:
+        model: Any = art.TrainableModel(
+            name=ART_MODEL,
+            project=ART_PROJECT,
+            base_model=request.base_model,
+            report_metrics=[],
+            _internal_config=internal_config,
+        )
+        await model.register(backend, _openai_client_config=server_config())
+        yield ArtSession(request=request, backend=backend, model=model, context_tokens=context), state
+    finally:
+        await backend.close()
+
+
+def check_art_settings(profile: Profile) -> None:
+    """Raise `ConfigError` for settings that ART would silently not follow."""
+    packed = profile.packed_sequence_length
+    longest = profile.max_prompt_tokens + profile.max_completion_tokens
+    if packed is not None and packed < longest:
+        raise ConfigError(
+            f"packed_sequence_length is {packed}, but a prompt and its title can have {longest} tokens "
+            "(max_prompt_tokens + max_completion_tokens): ART would leave out longer ones. Raise it or unset it."
+        )
+    if packed is not None and packed > LOGPROB_CHUNK and packed % LOGPROB_CHUNK:
+        raise ConfigError(f"packed_sequence_length above {LOGPROB_CHUNK} must be a multiple of it, got {packed}.")
+    if profile.device == "cuda" and profile.updates_per_step != "per_sequence":
+        raise ConfigError(
+            "On a GPU ART makes one update per packed sequence: updates_per_step must be 'per_sequence', got "
+            f"'{profile.updates_per_step}'."
+        )
+
+
+def gpu_config(profile: Profile) -> Any:
+    """Return ART's internal configuration for one GPU: an `art.dev.InternalModelConfig`."""
+    import art
+
+    trained = profile.max_prompt_tokens + profile.max_completion_tokens
+    return art.dev.InternalModelConfig(
+        init_args=art.dev.InitArgs(max_seq_length=profile.packed_sequence_length or _round_up(trained, 2048)),
+        # vLLM's share of the memory counts here; `init_args.gpu_memory_utilization` does not reach it.
+        engine_args=art.dev.EngineArgs(
+            gpu_memory_utilization=GPU_MEMORY_SHARE, max_model_len=trained + VALIDATOR_EXTRA_TOKENS
+        ),
+        peft_args=art.dev.PeftArgs(r=profile.lora_rank, lora_alpha=profile.lora_alpha, random_state=profile.seed),
+        # ART's default optimiser, paged_adamw_8bit, takes CUDA managed memory; the plain 8-bit one does not.
+        trainer_args=art.dev.TrainerArgs(max_grad_norm=profile.max_grad_norm, optim="adamw_8bit"),
+    )
+
+
+def server_config() -> Any:
+    """Return ART's server configuration: the base weights get a name, by which the validator is asked."""
+    import art
+
+    return art.dev.OpenAIServerConfig(
+        server_args={"host": "127.0.0.1", "served_model_name": BASE_MODEL_NAME}  # type: ignore[typeddict-unknown-key]
+    )
+
+
+def context_tokens(base_model: str, profile: Profile) -> int:
+    """Return how many tokens the policy's server reads at once."""
+    from transformers import AutoConfig
+
+    longest = int(AutoConfig.from_pretrained(base_model).max_position_embeddings)
+    if profile.device == "cuda":
+        return min(longest, profile.max_prompt_tokens + profile.max_completion_tokens + VALIDATOR_EXTRA_TOKENS)
+    return longest
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _prepare_environment() -> None:
+    # Before ART is imported: litellm would look up prices on the network, and wandb would report there.
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    os.environ.setdefault("WANDB_MODE", "disabled")
+    os.environ.setdefault("WEAVE_DISABLED", "true")
+    if os.environ.pop("WANDB_API_KEY", None):
+        logger.info("WANDB_API_KEY is not used: metrics go to MLflow")

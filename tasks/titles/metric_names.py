@@ -1,0 +1,44 @@
+"""Every metric's name, one line each; the x axis is the step, and row N holds what led to checkpoint N.
+
+Lengths are in characters, times in seconds, `matches` is the share of titles with verdict True.
+Counts are those of one step, over all batches that were drawn for it.
+"""
+
+from __future__ import annotations
+
+TRAIN_REWARD = "train/reward"
+TRAIN_SCORE = "train/score"
+TRAIN_MATCHES = "train/matches"
+TRAIN_LENGTH = "train/length"
+TRAIN_LOSS = "train/loss"
+TRAIN_ENTROPY = "train/entropy"
+TRAIN_GRAD_NORM = "train/grad_norm"
+TRAIN_KL = "train/kl"
+
+TRAIN_TRAJECTORIES_DROPPED = "train/trajectories_dropped"  # failed ones; they have no reward at all
+TRAIN_GROUPS_SUBMITTED = "train/groups_submitted"  # asked for
+TRAIN_GROUPS_TRAINABLE = "train/groups_trainable"  # handed to the trainer
+TRAIN_GROUPS_WITHOUT_SPREAD = "train/groups_without_spread"  # all rewards alike: no advantage, nothing to learn
+TRAIN_GROUPS_DROPPED = "train/groups_dropped"  # fewer than two trajectories left
+TRAIN_EMPTY_BATCHES = "train/empty_batches"  # batches without one trainable group, drawn before this step's
+TRAIN_EMPTY_TITLES = "train/empty_titles"  # share of titles that are blank (reward 0, no judge asked)
+TRAIN_DISTINCT_TITLES = "train/distinct_titles"  # distinct titles per title, mean over groups: 1 is all different
+TRAIN_COLLAPSED = "train/collapsed"  # 1 while the collapse alarm rings
+
+CANARY_MAX_DIFFERENCE = "canary/max_difference"  # nats, between server and trainer
+
+TIME_ROLLOUT = "time/rollout_s"
+TIME_TRAIN = "time/train_s"
+TIME_STEP = "time/step_s"
+TIME_EVAL = "time/eval_s"
+THROUGHPUT_TOKENS = "throughput/tokens_per_s"  # sampled tokens per second of the whole step
+
+VAL_REWARD = "val/reward"
+VAL_SCORE = "val/score"
+VAL_MATCHES = "val/matches"
+VAL_LENGTH = "val/length"
+VAL_TRAJECTORIES_DROPPED = "val/trajectories_dropped"
+SUMMARY_PARTS = ("mean", "p5", "median", "p95", "std_dev")
+
+VAL_REWARD_MEAN = f"{VAL_REWARD}/mean"
+"""What the best checkpoint is chosen by."""

@@ -1,0 +1,224 @@
+"""Produces titles: the policy writes, the judges judge, and what fails is counted instead of scored."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from tasks.titles.chat import RETRIES, ask, open_client
+from tasks.titles.cursor import sampling_seed
+from tasks.titles.errors import DataError, HnTitlesError, ServiceError, ServiceRejected, TooManyFailures
+from tasks.titles.judges import Judges
+from tasks.titles.story import Prompt
+from tasks.titles.together import together
+
+if TYPE_CHECKING:
+    from openai.types.chat.chat_completion import Choice
+
+    from reward_server.client import RewardClient
+
+logger = logging.getLogger(__name__)
+
+
+class Endpoint(Protocol):
+    """The part of an OpenAI-compatible server that rollouts need."""
+
+    base_url: str
+    api_key: str
+    base_model_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One title, how it came about and what the judges said of it."""
+
+    story_id: str
+    title: str
+    """Without blanks around it; `choice` holds what was sampled."""
+    messages: tuple[dict[str, str], ...]
+    choice: Choice
+    """The policy's answer with a log-probability per sampled token."""
+    reward: float
+    score: float
+    verdict: bool
+    length: int
+    """Characters of the title."""
+    reward_model_version: str
+    seconds: float
+    tokens: int
+    """Sampled tokens."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether the policy wrote nothing; then no judge was asked, and `score` and `verdict` mean nothing."""
+        return not self.title
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A trajectory that has no reward, and why."""
+
+    story_id: str
+    reason: str
+    """Short and countable: who failed, and how."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """All trajectories of one prompt, the failed ones included."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How titles are sampled. Its seeds differ per story and generation."""
+
+    model: str
+    """The name under which the server knows the checkpoint."""
+    temperature: float
+    run_seed: int
+    step: int
+    epoch: int = 0
+
+    def seed(self, story_id: str, generation: int) -> int:
+        """Return the seed of one title."""
+        return sampling_seed(self.run_seed, self.epoch, self.step, story_id, generation)
+
+
+class Roller:
+    """Rolls out trajectories against one policy endpoint; an async context manager that closes its connections."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: Endpoint,
+        reward_client: RewardClient,
+        max_completion_tokens: int,
+        context_tokens: int,
+        concurrency: int,
+        retries: int = RETRIES,
+    ) -> None:
+        """`context_tokens` is what the policy's context holds; `concurrency` bounds the titles in the making.
+
+        `retries` is how often the policy and the validator are asked again after a transient failure.
+        """
+        self._max_completion_tokens = max_completion_tokens
+        self._context_tokens = context_tokens
+        self._in_the_making = asyncio.Semaphore(concurrency)
+        self._client = open_client(endpoint.base_url, endpoint.api_key, concurrency=concurrency, retries=retries)
+        self.judges = Judges(
+            reward_client=reward_client, validator=self._client, base_model_name=endpoint.base_model_name
+        )
+
+    async def __aenter__(self) -> Roller:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._client.close()
+
+    async def group(self, prompt: Prompt, sampling: Sampling, size: int) -> RolloutGroup:
+        """Roll out `size` titles of one prompt at the same time.
+
+        What one of this project's errors ends is a `Failure` of the group; any other exception is a
+        fault of this program and is raised.
+        """
+        outcomes = await together(self._attempt(prompt, sampling, generation) for generation in range(size))
+        return RolloutGroup(
+            prompt=prompt,
+            rollouts=tuple(outcome for outcome in outcomes if isinstance(outcome, Rollout)),
+            failures=tuple(outcome for outcome in outcomes if isinstance(outcome, Failure)),
+        )
+
+    async def rollout(self, prompt: Prompt, sampling: Sampling, generation: int) -> Rollout:
+        """Write one title and have it judged.
+
+        Raises `DataError` for a prompt that leaves no room in the context, before any call, and
+        `ServiceError` when the policy or a judge has no usable answer.
+        """
+        if prompt.tokens + self._max_completion_tokens > self._context_tokens:
+            raise DataError(
+                f"Story {prompt.story.id}: a prompt of {prompt.tokens} tokens and a title of up to "
+                f"{self._max_completion_tokens} do not fit the policy's context of {self._context_tokens}. "
+                "Lower max_prompt_tokens."
+            )
+        async with self._in_the_making:
+            started = time.monotonic()
+            choice, tokens = await ask(
+                self._client,
+                "policy",
+                model=sampling.model,
+                messages=prompt.messages,
+                temperature=sampling.temperature,
+                max_tokens=self._max_completion_tokens,
+                seed=sampling.seed(prompt.story.id, generation),
+                logprobs=True,
+            )
+            if choice.logprobs is None or not choice.logprobs.content:
+                unusable = ServiceRejected(
+                    "The policy answered without log-probabilities, which training needs: the server must "
+                    "support 'logprobs'."
+                )
+                unusable.service = "policy"
+                raise unusable
+            title = (choice.message.content or "").strip()
+            score, version, verdict, reward = 0.0, "", False, 0.0
+            # A blank title is the policy's own failure, not a judge's: there is nothing to judge, and it
+            # earns nothing. It is the one reward of 0 besides an unsupported title's, counted on its own.
+            if title:
+                judgement = await self.judges.judge(prompt.story, title)
+                score, version = judgement.score, judgement.version
+                verdict, reward = judgement.verdict, judgement.reward
+        return Rollout(
+            story_id=prompt.story.id,
+            title=title,
+            messages=prompt.messages,
+            choice=choice,
+            reward=reward,
+            score=score,
+            verdict=verdict,
+            length=len(title),
+            reward_model_version=version,
+            seconds=time.monotonic() - started,
+            tokens=tokens,
+        )
+
+    async def _attempt(self, prompt: Prompt, sampling: Sampling, generation: int) -> Rollout | Failure:
+        try:
+            return await self.rollout(prompt, sampling, generation)
+        except HnTitlesError as error:
+            who = error.service if isinstance(error, ServiceError) else "prompt"
+            failure = Failure(prompt.story.id, f"{who}: {type(error).__name__}", str(error))
+            logger.warning("Trajectory of story %s dropped (%s): %s", prompt.story.id, failure.reason, error)
+            return failure
+
+
+def check_failures(groups: Iterable[RolloutGroup], max_failed_share: float) -> int:
+    """Return how many trajectories of `groups` failed.
+
+    Raises `TooManyFailures` with the commonest reasons when their share is above `max_failed_share`,
+    or when none is left.
+    """
+    groups = list(groups)
+    failures = [failure for group in groups for failure in group.failures]
+    asked = len(failures) + sum(len(group.rollouts) for group in groups)
+    if failures and (len(failures) > max_failed_share * asked or len(failures) == asked):
+        reasons = Counter(failure.reason for failure in failures).most_common(3)
+        told = "; ".join(f"{count} times {reason}" for reason, count in reasons)
+        example = next(failure.message for failure in failures if failure.reason == reasons[0][0])
+        raise TooManyFailures(
+            f"{len(failures)} of {asked} trajectories failed, more than max_failed_share = {max_failed_share} allows. "
+            f"Reasons: {told}. For example: {example}"
+        )
+    return len(failures)
