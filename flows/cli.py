@@ -1,0 +1,353 @@
+"""The command line `hn-titles`; heavy imports stay inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flows.execute import Flow, execute, prepare_environment, program
+from tasks.titles.errors import HnTitlesError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tasks.titles.run_directory import RunDirectory
+    from tasks.titles.summary import Evaluation
+
+INTERRUPTED = 130
+UNEXPECTED = 1
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help=(
+        "Train a small language model with GRPO to write Hacker News titles.\n\n"
+        "Start with [bold]hn-titles run[/bold]: it needs no GPU, no account and no network, takes a few minutes, "
+        "and shows what it did in Prefect and MLflow.\n\n"
+        "Addresses and secrets come from the environment or .env: REWARD_MODEL_URL, REWARD_MODEL_API_KEY, "
+        "HELDOUT_REWARD_MODEL_URL, MLFLOW_TRACKING_URI, PREFECT_API_URL, HF_ENDPOINT, RUNS_DIR."
+    ),
+    epilog=(
+        "Exit codes: 0 done, 1 unexpected error, 2 something to mend in profile, flags or stories, 3 a service failed, "
+        "4 training stopped itself, 5 checkpoints do not fit, 130 interrupted."
+    ),
+)
+
+ProfileOption = Annotated[
+    str, typer.Option("--profile", "-p", help="A profile's name (starter, qwen-0.5b, qwen-7b) or a .toml file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change one setting of the profile; may be repeated. A dot reaches into a table: learning_rate.art=1e-3.",
+    ),
+]
+RunNameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run-name",
+        "-n",
+        help="The run's folder in runs/; continued where it exists. "
+        "Without it the newest unfinished run of the very same settings is continued, or a new one started.",
+    ),
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even where one could be continued.")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Keep what holds for every command."""
+    context.obj = debug
+
+
+@app.command()
+def run(
+    profile: ProfileOption = "starter",
+    set_: SetOption = None,
+    run_name: RunNameOption = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Train, evaluate and report: the whole job in one command.
+
+    Ends with a table of base model, best checkpoint and human titles, sample titles, and the path of summary.json.
+
+    Interrupted or killed, it continues from its last checkpoint when given again.
+
+    Examples:
+
+      hn-titles run
+
+      hn-titles run --set max_steps=5 --run-name try
+
+      hn-titles run --set stories=my_stories.parquet --set max_steps=20
+    """
+    run_directory = _open_run(profile, set_, run_name, fresh, until="evaluated")
+
+    def job() -> Flow:
+        from flows.run import run_titles
+
+        return partial(run_titles, profile, set_ or [], run_directory.name)
+
+    execute(run_directory, _verb(run_directory), job, _show_results)
+
+
+@app.command()
+def train(
+    profile: ProfileOption = "starter",
+    set_: SetOption = None,
+    run_name: RunNameOption = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Train only; hn-titles evaluate does the rest.
+
+    Examples:
+
+      hn-titles train --set max_steps=20
+
+      hn-titles train --run-name long --set max_steps=200
+    """
+    run_directory = _open_run(profile, set_, run_name, fresh, until="trained")
+
+    def job() -> Flow:
+        from flows.train import train_titles
+
+        return partial(train_titles, profile, set_ or [], run_directory.name)
+
+    execute(run_directory, _verb(run_directory), job, _show_trained)
+
+
+@app.command()
+def evaluate(
+    run_name: Annotated[
+        str | None, typer.Option("--run-name", "-n", help="The run; without it, the newest one.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help="Without a run name: the newest run of this profile.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Evaluate a run's best and last checkpoint, the base model and the human titles on the test stories.
+
+    Examples:
+
+      hn-titles evaluate
+
+      hn-titles evaluate --run-name starter-art-1 --set test_stories=300
+    """
+    from tasks.titles.config import Settings
+    from tasks.titles.run_directory import find_run
+
+    run_directory = find_run(Settings().runs_dir, run_name=run_name, profile_name=profile, overrides=set_ or [])
+
+    def job() -> Flow:
+        from flows.evaluate import evaluate_run
+
+        return partial(evaluate_run, run_directory.name, None, set_ or [])
+
+    execute(run_directory, "Evaluating", job, _show_results)
+
+
+@app.command("check-data")
+def check_data(profile: ProfileOption = "starter", set_: SetOption = None) -> None:
+    """Show what becomes of the stories: counts by reason, prompt lengths, three examples.
+
+    Examples:
+
+      hn-titles check-data
+
+      hn-titles check-data --set stories=my_stories.jsonl --set minimum_score=50
+    """
+    from flows.terminal import Bars, plain_console, table
+    from tasks.titles.config import Settings, load_profile
+    from tasks.titles.prepare import prepare_prompts
+
+    wanted = load_profile(profile, set_ or [])
+    prepare_environment()
+    with Bars(plain_console(stderr=True), {}) as bars:
+        prepared = prepare_prompts(
+            wanted,
+            cache_dir=Settings().runs_dir / ".cache",
+            progress=lambda done, total: bars("reading stories", done, total, ""),
+        )
+    console = plain_console()
+    report = prepared.report
+    console.print(table(_texts(report.rows()), f"Stories from {report.source}"))
+    for note in report.notes:
+        console.print(note)
+    for repair, count in report.repairs.items():
+        console.print(f"mended: {repair} in {count} stories")
+    console.print(table(_texts(report.token_rows()), "Prompt lengths in tokens"))
+    for example in report.examples:
+        console.rule(f"story {example.id}, {example.score} points, {example.tokens} tokens", align="left")
+        console.print(example.prompt)
+        console.print(f"\nhuman title: {example.title}")
+
+
+@app.command("serve-reward-model")
+def serve_reward_model(
+    profile: ProfileOption = "starter",
+    set_: SetOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7000,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Serve the held-out reward model instead.")] = False,
+) -> None:
+    """Serve the profile's reward model over HTTP until Ctrl-C; python -m reward_server has more options.
+
+    Set REWARD_MODEL_URL=http://127.0.0.1:7000 and runs use it instead of starting one of their own.
+
+    Examples:
+
+      hn-titles serve-reward-model
+
+      hn-titles serve-reward-model --set reward_model=path/to/model --port 7001
+    """
+    from reward_server.__main__ import main as serve
+
+    wanted, model = _reward_model(profile, set_, heldout)
+    arguments = ["--model", model, "--device", wanted.device, "--host", host, "--port", str(port)]
+    raise typer.Exit(serve(arguments))
+
+
+@app.command("check-reward-server")
+def check_reward_server(
+    profile: ProfileOption = "starter",
+    set_: SetOption = None,
+    url: Annotated[
+        str | None, typer.Option(help="The server; without it REWARD_MODEL_URL, or else http://127.0.0.1:7000.")
+    ] = None,
+    heldout: Annotated[bool, typer.Option("--heldout", help="Compare with the held-out reward model.")] = False,
+) -> None:
+    """Prove that a reward server is up, deterministic and equal to plain transformers, and measure its speed.
+
+    Examples:
+
+      hn-titles check-reward-server
+
+      hn-titles check-reward-server --url http://gpu-box:7000 --set reward_model=path/to/model
+    """
+    import asyncio
+
+    from flows.terminal import plain_console, table
+    from reward_server.check import check_server
+    from tasks.titles.config import Settings
+
+    _, model = _reward_model(profile, set_, heldout)
+    settings = Settings()
+    key = settings.reward_model_api_key
+    address = url or (settings.heldout_reward_model_url if heldout else settings.reward_model_url)
+    prepare_environment()
+    report = asyncio.run(
+        check_server(address or "http://127.0.0.1:7000", model, api_key=key.get_secret_value() if key else None)
+    )
+    rows = [
+        {"check": result.name, "": "passed" if result.passed else "FAILED", "detail": result.detail}
+        for result in report.results
+    ]
+    console = plain_console()
+    console.print(table(rows, f"Reward server {report.url}"))
+    if report.single_per_s and report.batch_per_s:
+        console.print(
+            f"Speed: {report.single_per_s:.0f} titles a second asked one by one (32 in flight), "
+            f"{report.batch_per_s:.0f} in batches of 64."
+        )
+    if not report.passed:
+        raise typer.Exit(3)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake gives no traceback."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app()
+    except HnTitlesError as error:
+        _fail("" if isinstance(error, UserError) else f"{type(error).__name__}: ", error, debug)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        _fail(f"Unexpected {type(error).__name__}: ", error, debug)
+        sys.stderr.write("This is a fault of the program. --debug before the command shows where.\n")
+        sys.exit(UNEXPECTED)
+
+
+def _open_run(
+    profile: str, overrides: list[str] | None, run_name: str | None, fresh: bool, *, until: Any
+) -> RunDirectory:
+    from tasks.engines.training_state import MAY_CHANGE
+    from tasks.titles.config import Settings, load_profile
+    from tasks.titles.run_directory import open_run
+
+    return open_run(
+        load_profile(profile, overrides or []),
+        runs_dir=Settings().runs_dir,
+        run_name=run_name,
+        fresh=fresh,
+        until=until,
+        may_change=MAY_CHANGE,
+    )
+
+
+def _verb(run_directory: RunDirectory) -> str:
+    return "Continuing" if run_directory.resumed else "Starting"
+
+
+def _show_results(out: Console, run_directory: RunDirectory, evaluation: Evaluation) -> None:
+    from flows.terminal import results_table, table
+    from tasks.titles import summary
+
+    out.print()
+    out.print(results_table(evaluation))
+    failed = sum(title.failure is not None for title in evaluation.titles)
+    if failed:
+        out.print(f"{failed} of {len(evaluation.titles)} titles have no judgement and are left out.")
+    out.print(summary.gain_sentence(evaluation))
+    out.print(summary.reward_model_sentence(evaluation))
+    out.print()
+    rows = summary.sample_rows(evaluation, with_story=False)
+    out.print(table(rows, "Titles side by side (greedy), their reward in brackets", lines=True))
+    out.print()
+
+
+def _show_trained(out: Console, run_directory: RunDirectory, run_name: str) -> None:
+    out.print(f"Evaluate it with: {program('hn-titles')} evaluate --run-name {run_name}", soft_wrap=True)
+
+
+def _reward_model(profile: str, overrides: list[str] | None, heldout: bool) -> tuple[Any, str]:
+    from tasks.starter.paths import HELDOUT_REWARD_MODEL, REWARD_MODEL, resolve
+    from tasks.titles.config import load_profile
+    from tasks.titles.errors import ConfigError
+
+    wanted = load_profile(profile, overrides or [])
+    if not heldout:
+        return wanted, resolve(wanted.reward_model, REWARD_MODEL)
+    if wanted.heldout_reward_model is None:
+        raise ConfigError(f"Profile {wanted.name} has no heldout_reward_model. Give one with --set.")
+    return wanted, resolve(wanted.heldout_reward_model, HELDOUT_REWARD_MODEL)
+
+
+def _texts(rows: Any) -> list[dict[str, str]]:
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def _fail(kind: str, error: BaseException, debug: bool) -> None:
+    from flows.terminal import plain_console
+
+    plain_console(stderr=True).print(f"{kind}{error}", style="red", soft_wrap=True)
+    if debug:
+        traceback.print_exception(error)
+
+
+if __name__ == "__main__":
+    main()

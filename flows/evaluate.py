@@ -1,0 +1,60 @@
+"""Evaluate a run on the test stories: base model, best and last checkpoint and human titles before the same judges."""
+
+from __future__ import annotations
+
+import time
+
+from prefect import flow
+
+from flows.progress import tell
+from tasks.data import prepare_prompts_task
+from tasks.engines.art_session import open_session
+from tasks.evaluation import evaluate_titles, measure_reward_model, store_evaluation, writers_of
+from tasks.health import heldout_reward_server, reward_server
+from tasks.titles.config import Settings
+from tasks.titles.run_directory import find_run
+from tasks.titles.summary import Evaluation, evaluate_figures
+from tasks.tracking import flow_run_label, show_results, tracked, tracking_uri
+from tasks.training import training_facts, training_request
+
+
+@flow(name="evaluate", flow_run_name=flow_run_label, persist_result=False, retries=0)
+async def evaluate_run(
+    run_name: str | None = None, profile: str | None = None, overrides: list[str] | None = None
+) -> Evaluation:
+    """Evaluate a run's best and last checkpoint against the base model and the human titles.
+
+    Args:
+        run_name: run to evaluate; empty: the newest one
+        profile: where no run is named, the newest one of the profile of this name
+        overrides: settings of the evaluation that differ from the run's, each `key=value`
+    """
+    settings = Settings()
+    run = find_run(settings.runs_dir, run_name=run_name, profile_name=profile, overrides=overrides or [])
+    with run.locked(), tracked(run, tracking_uri(settings)) as tracker:
+        started = time.monotonic()
+        training = training_facts(run)
+        prompts = prepare_prompts_task(run.profile, settings.runs_dir / ".cache")
+        async with (
+            reward_server(run, settings, "reward-model", lambda waited: tell("judges", waited)) as judge,
+            heldout_reward_server(run, settings) as heldout,
+            open_session(training_request(run, prompts, judge.base_url, settings)) as (session, _),
+        ):
+            tell("judges", 1, 1)
+            titles = await evaluate_titles(
+                run.profile,
+                prompts.test,
+                endpoint=session,
+                writers=await writers_of(session, training),
+                reward_client=judge,
+                heldout_client=heldout,
+                on_progress=lambda done, total: tell("evaluation", done, total),
+            )
+            quality = await measure_reward_model(run.profile.stories, judge)
+        evaluation = evaluate_figures(
+            run.name, run.profile, training, titles, reward_model=quality, seconds=time.monotonic() - started
+        )
+        store_evaluation(run, tracker, evaluation)
+        await show_results(run, tracker, evaluation)
+        run.update(state="evaluated")
+    return evaluation

@@ -1,0 +1,57 @@
+"""Train a policy: prompts, reward server and trainer first, then roll out, reward and update step by step."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.progress import tell
+from tasks.data import prepare_prompts_task
+from tasks.engines.art_session import open_session
+from tasks.engines.training_state import MAY_CHANGE
+from tasks.health import reward_server
+from tasks.titles.config import Settings, load_profile
+from tasks.titles.run_directory import open_run
+from tasks.tracking import flow_run_label, follow_training, show_validation_titles, tracked, tracking_uri
+from tasks.training import describe_step, train_policy, training_request
+
+
+@flow(name="train", flow_run_name=flow_run_label, persist_result=False, retries=0)
+async def train_titles(
+    profile: str = "starter", overrides: list[str] | None = None, run_name: str | None = None, fresh: bool = False
+) -> str:
+    """Train a policy to write titles and return the run's name.
+
+    Args:
+        profile: name of a profile, or path of a .toml file
+        overrides: settings that differ from the profile's, each `key=value`
+        run_name: run to continue or to start; empty: the newest unfinished run of this very profile, or a new one
+        fresh: start a new run even where one could be continued
+    """
+    settings = Settings()
+    run = open_run(
+        load_profile(profile, overrides or []),
+        runs_dir=settings.runs_dir,
+        run_name=run_name,
+        fresh=fresh,
+        until="trained",
+        may_change=MAY_CHANGE,
+    )
+    with run.locked(), tracked(run, tracking_uri(settings)) as tracker:
+        tell("stories", 0)
+        prompts = prepare_prompts_task(
+            run.profile, settings.runs_dir / ".cache", lambda done, total: tell("stories", done, total)
+        )
+        async with reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge:
+            tell("reward server", 1, 1)
+            request = training_request(run, prompts, judge.base_url, settings)
+            async with open_session(request) as (session, state):
+                listener = await follow_training(
+                    run, tracker, lambda step: tell("training", step.step, step.max_steps, describe_step(step))
+                )
+                result = await train_policy(
+                    request, session=session, state=state, tracker=tracker, on_progress=listener
+                )
+        tracker.log_reward_curve(result.best_step)
+        await show_validation_titles(run)
+        run.update(state="trained")
+    return run.name

@@ -1,0 +1,77 @@
+"""Evaluation as Prefect tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from reward_server.client import RewardClient
+from tasks.engines.contract import PolicyEndpoint
+from tasks.engines.tracker import MlflowTracker
+from tasks.titles.config import Profile
+from tasks.titles.evaluation import EvaluatedTitle, Evaluator
+from tasks.titles.reward_model_quality import reward_model_quality
+from tasks.titles.rollout import Endpoint
+from tasks.titles.run_directory import RunDirectory, write_json, write_text
+from tasks.titles.sources import load_stories
+from tasks.titles.story import Prompt
+from tasks.titles.summary import Evaluation, TrainingFacts, markdown, metrics
+
+
+@task(name="evaluate titles", cache_policy=NO_CACHE, persist_result=False)
+async def evaluate_titles(
+    profile: Profile,
+    prompts: Sequence[Prompt],
+    *,
+    endpoint: Endpoint,
+    writers: Mapping[str, str],
+    reward_client: RewardClient,
+    heldout_client: RewardClient | None,
+    on_progress: Callable[[int, int], None],
+) -> list[EvaluatedTitle]:
+    """Have every writer's titles of the test stories and the human ones written and judged."""
+    async with Evaluator(
+        profile, endpoint=endpoint, writers=writers, reward_client=reward_client, heldout_client=heldout_client
+    ) as evaluator:
+        titles = await evaluator.evaluate(prompts, on_progress)
+    failed = sum(title.failure is not None for title in titles)
+    get_run_logger().info("%d titles of %d stories, %d without a judgement", len(titles), len(prompts), failed)
+    return titles
+
+
+@task(name="compare reward model with upvotes", cache_policy=NO_CACHE, persist_result=False)
+async def measure_reward_model(source: str, client: RewardClient) -> dict[str, float] | None:
+    """Compare the reward model's scores of human titles with the upvotes that they got."""
+    quality = await reward_model_quality(load_stories(source).stories, client)
+    get_run_logger().info("Reward model on the test split: %s", quality)
+    return quality
+
+
+async def writers_of(endpoint: PolicyEndpoint, training: TrainingFacts) -> dict[str, str]:
+    """Return whose titles are compared, each with the name that the endpoint serves its weights under.
+
+    The last checkpoint is left out where it is the best one.
+    """
+    writers = {"base": endpoint.base_model_name, "best": await endpoint.model_name(training.best_step)}
+    if training.steps != training.best_step:
+        writers["last"] = await endpoint.model_name(training.steps)
+    return writers
+
+
+@task(name="store evaluation", cache_policy=NO_CACHE, persist_result=False)
+def store_evaluation(run: RunDirectory, tracker: MlflowTracker, evaluation: Evaluation) -> None:
+    """Write summary.json and titles.jsonl into the run's folder, and the same into MLflow."""
+    rows = [title.as_row() for title in evaluation.titles]
+    write_text(run.path / "titles.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(run.summary_path, evaluation.summary())
+    write_text(run.path / "report.md", markdown(evaluation))
+    tracker.log_titles("test", rows)
+    tracker.log_checkpoint_metrics(evaluation.training.best_step, metrics(evaluation, "best"))
+    if evaluation.training.steps != evaluation.training.best_step:
+        tracker.log_checkpoint_metrics(evaluation.training.steps, metrics(evaluation, "last"))
+    for name in ("summary.json", "report.md"):
+        tracker.log_file(run.path / name)
+    get_run_logger().info("Figures in %s", run.summary_path)

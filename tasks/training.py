@@ -1,0 +1,88 @@
+"""Training as a Prefect task."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.engines import art_loop
+from tasks.engines.art_resume import journal_of, stored_state
+from tasks.engines.art_session import ArtSession
+from tasks.engines.contract import Progress, ProgressListener, RunTracker, TrainingRequest, TrainingResult
+from tasks.engines.training_state import TrainingState
+from tasks.rollouts import map_groups
+from tasks.starter.paths import BASE_MODEL, resolve
+from tasks.titles.config import Settings
+from tasks.titles.errors import CheckpointError
+from tasks.titles.metric_names import TRAIN_COLLAPSED, TRAIN_REWARD, VAL_REWARD_MEAN
+from tasks.titles.prepare import PreparedPrompts
+from tasks.titles.run_directory import RunDirectory
+from tasks.titles.summary import TrainingFacts
+
+
+def training_request(
+    run: RunDirectory, prompts: PreparedPrompts, reward_model_url: str, settings: Settings
+) -> TrainingRequest:
+    """Return what an engine needs for this run."""
+    key = settings.reward_model_api_key
+    return TrainingRequest(
+        profile=run.profile,
+        run_name=run.name,
+        run_dir=run.path,
+        base_model=resolve(run.profile.base_model, BASE_MODEL),
+        train=prompts.train,
+        val=prompts.val,
+        reward_model_url=reward_model_url,
+        reward_model_api_key=key.get_secret_value() if key else None,
+    )
+
+
+# Never retried: a training that stops continues from its last checkpoint when the same command is given again.
+@task(name="train policy", cache_policy=NO_CACHE, persist_result=False, retries=0)
+async def train_policy(
+    request: TrainingRequest,
+    *,
+    session: ArtSession,
+    state: TrainingState | None,
+    tracker: RunTracker,
+    on_progress: ProgressListener,
+) -> TrainingResult:
+    """Train to `max_steps`, from `state` on where a run is continued."""
+    mapper = map_groups if request.profile.prefect_rollouts else art_loop.map_plainly
+    result = await art_loop.train(
+        request, session=session, state=state, tracker=tracker, map_groups=mapper, on_progress=on_progress
+    )
+    get_run_logger().info(
+        "%d steps in %.0f s, best checkpoint %d, %d trajectories dropped",
+        result.steps,
+        result.seconds,
+        result.best_step,
+        result.trajectories_dropped,
+    )
+    return result
+
+
+def describe_step(progress: Progress) -> str:
+    """Return a step's rewards in a few words."""
+    words = {TRAIN_REWARD: "reward", VAL_REWARD_MEAN: "validation"}
+    return ", ".join(f"{word} {progress.metrics[name]:.2f}" for name, word in words.items() if name in progress.metrics)
+
+
+def training_facts(run: RunDirectory) -> TrainingFacts:
+    """Return what a run's last complete checkpoint and its journal say of its training.
+
+    Raises `CheckpointError` where it has no complete checkpoint.
+    """
+    state = stored_state(run.path)
+    if state is None:
+        raise CheckpointError(f"Run '{run.name}' has no complete checkpoint. Train it with: hn-titles train")
+    collapsed = [step for step, row in journal_of(run.path).rows().items() if row.get(TRAIN_COLLAPSED)]
+    return TrainingFacts(
+        engine=run.profile.engine,
+        steps=state.cursor.step,
+        best_step=state.best_step,
+        seconds=state.seconds,
+        trajectories_dropped=state.trajectories_dropped,
+        collapsed_at=min(collapsed, default=None),
+        mlflow_run_id=state.mlflow_run_id,
+    )

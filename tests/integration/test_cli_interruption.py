@@ -1,0 +1,111 @@
+"""A command that is interrupted or killed leaves no process behind, and goes on when it is given again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tasks.titles.config import PROFILES_DIR
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = (
+    "max_steps=3",
+    "eval_steps=3",
+    "groups_per_step=2",
+    "train_stories=20",
+    "val_stories=2",
+    "max_completion_tokens=16",
+)
+COMMAND = ["train", "--profile", "starter.toml", *(part for setting in SETTINGS for part in ("--set", setting))]
+MARK = "HN_TITLES_TEST_RUN"
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "prefect"), MARK: str(folder)}
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "REWARD_MODEL_URL", "RUNS_DIR"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *COMMAND],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return
+    pytest.fail(f"'{text}' never came:\n{''.join(seen)}")
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the command lines of all processes that were started, at any depth, with this test's mark."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={folder}".encode() in environ.read_bytes().split(b"\0"):
+                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it has ended meanwhile, or is not ours to read
+    return found
+
+
+def wait_until_none_is_left(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while processes_of(folder):
+        assert time.monotonic() < deadline, processes_of(folder)
+        time.sleep(0.2)
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs" / "starter-art-1" / "run.json").read_text())
+
+
+def test_interrupted_then_killed_then_finished_in_one_run(tmp_path: Path) -> None:
+    shutil.copy(PROFILES_DIR / "starter.toml", tmp_path)
+    first = start(tmp_path)
+    read_until(first, "training steps: 1/3")
+    assert len(processes_of(tmp_path)) >= 3, "Prefect's server and the reward server run beside the command"
+    first.send_signal(signal.SIGINT)
+    told, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, told
+    assert "Run starter-art-1 continues with the same command." in told and "Traceback" not in told
+    wait_until_none_is_left(tmp_path)
+    run_id = record(tmp_path)["mlflow_run_id"]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    assert client.get_run(run_id).info.status == "KILLED"
+
+    second = start(tmp_path)
+    read_until(second, "Continuing run starter-art-1")
+    read_until(second, "training steps: 2/3")
+    second.kill()
+    second.communicate(timeout=60)
+    # Nobody was left to stop the servers: they notice by themselves.
+    wait_until_none_is_left(tmp_path)
+
+    third = start(tmp_path)
+    told, _ = third.communicate(timeout=300)
+    assert third.returncode == 0, told
+    assert told.splitlines()[-1] == "runs/starter-art-1"
+    assert (record(tmp_path)["state"], record(tmp_path)["mlflow_run_id"]) == ("trained", run_id)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert [row.step for row in client.get_metric_history(run_id, "train/reward")] == [1, 2, 3]
+    wait_until_none_is_left(tmp_path)
