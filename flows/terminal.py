@@ -23,6 +23,8 @@ from tasks.titles.summary import DIGITS, HEADINGS, Evaluation, writer_name
 
 # Chatty libraries; their warnings are kept.
 _NOISY = ("httpx", "httpcore", "openai", "alembic", "urllib3", "matplotlib")
+# A longer note would wrap the line of its bar; it stands above the bars instead.
+LONGEST_NOTE = 60
 _OURS = ("flows", "tasks", "reward_server")
 
 
@@ -97,13 +99,16 @@ class Bars:
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(label, total=total, note=note)
+        if len(note) > LONGEST_NOTE:
+            self._console.print(f"{label}: {note}", soft_wrap=True)
+            note = ""
         # A stage without a known length pulses until it is told that it is over.
         completed = done if total is not None else 0
         self._progress.update(self._tasks[stage], completed=completed, total=total, note=note)
 
     def _line(self, stage: str, label: str, done: float, total: float | None, note: str) -> None:
         tenth = int(10 * done / total) if total else 0
-        if tenth > self._tenths.get(stage, -1):
+        if tenth > self._tenths.get(stage, -1) or (done == total and note):
             self._tenths[stage] = tenth
             place = f" {done:g}/{total:g}" if total and total > 1 else " ready" if total else " …"
             self._console.print(f"{label}:{place}{f'  {note}' if note else ''}", soft_wrap=True)

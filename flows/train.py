@@ -10,7 +10,7 @@ from tasks.engines.art_session import open_session
 from tasks.engines.training_state import MAY_CHANGE
 from tasks.health import reward_server
 from tasks.titles.config import Settings, load_profile
-from tasks.titles.run_directory import open_run
+from tasks.titles.run_directory import open_run, write_json
 from tasks.tracking import flow_run_label, follow_training, show_validation_titles, tracked, tracking_uri
 from tasks.training import describe_step, train_policy, training_request
 
@@ -41,6 +41,8 @@ async def train_titles(
         prompts = prepare_prompts_task(
             run.profile, settings.runs_dir / ".cache", lambda done, total: tell("stories", done, total)
         )
+        tell("stories", 1, 1, prompts.report.as_line())
+        write_json(run.path / "stories.json", prompts.report.as_dict())
         async with reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge:
             tell("reward server", 1, 1)
             request = training_request(run, prompts, judge.base_url, settings)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_server.client import RewardClient
-from tasks.engines.art_resume import adapter_folder, checkpoints_folder, journal_of, write_whole
+from tasks.engines.art_resume import adapter_folder, checkpoints_folder, journal_of
 from tasks.engines.art_session import ArtSession
 from tasks.engines.checkpoints import commit_checkpoint, complete_steps, prune
 from tasks.engines.contract import (
@@ -36,6 +36,7 @@ from tasks.titles.errors import CheckpointError, DataError, NothingToTrainOn
 from tasks.titles.group_statistics import JUDGE_NOISE, count_groups, has_collapsed
 from tasks.titles.rollout import Roller, RolloutGroup, Sampling, check_failures
 from tasks.titles.rollout_metrics import rewards_of, tokens_of, train_metrics, trainable, val_metrics
+from tasks.titles.run_directory import write_json
 from tasks.titles.story import Prompt
 from tasks.titles.together import together
 
@@ -229,7 +230,7 @@ class _Training:
 
     def _watch_for_collapse(self, step: int, reward: float) -> float:
         rewards = [self._rows[at][names.TRAIN_REWARD] for at in sorted(self._rows) if at > 0] + [reward]
-        if not has_collapsed(rewards):
+        if not has_collapsed(rewards, self._profile.groups_per_step):
             return 0.0
         logger.warning(
             "Step %d: the training reward of the last steps is under half of the first steps'. The learning rate (%g) "
@@ -249,7 +250,7 @@ class _Training:
             state = replace(state, best_step=step, best_reward=validated)
         state = replace(state, seconds=seconds)
         if titles:
-            write_whole(_titles_file(self._request.run_dir, step), list(titles))
+            write_json(_titles_file(self._request.run_dir, step), list(titles))
         self._journal.append(step, metrics)
         commit_checkpoint(adapter_folder(self._request.run_dir, step), state.to_json())
         self.state, self._rows[step] = state, metrics

@@ -8,7 +8,6 @@ most one row of the journal after the last mark. Both are dropped here, and the 
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -83,11 +82,3 @@ def prepare_to_continue(request: TrainingRequest) -> TrainingState | None:
         logger.info("Dropped what a killed run left of step %d", latest + 1)
     journal_of(request.run_dir).cut_after(latest)
     return state
-
-
-def write_whole(path: Path, values: object) -> None:
-    """Write JSON so that a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-    draft.replace(path)

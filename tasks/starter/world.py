@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from tasks.starter import texts
+from tasks.starter import texts, words
 from tasks.titles.story import Split, Story
 
 WORLD_VERSION = 1
@@ -86,10 +86,10 @@ def tell(rng: random.Random) -> Tale:
         "pr": product(rng),
         "pe": person(rng),
         "rv": company(rng),
-        "ci": rng.choice(texts.CITIES),
-        "da": f"{rng.choice(texts.MONTHS)} {rng.randint(1, 28)}",
-        "te": rng.choice(texts.LANGUAGES),
-        "why": rng.choice(texts.REASONS[kind_name]),
+        "ci": rng.choice(words.CITIES),
+        "da": f"{rng.choice(words.MONTHS)} {rng.randint(1, 28)}",
+        "te": rng.choice(words.LANGUAGES),
+        "why": rng.choice(words.REASONS[kind_name]),
         "topic": kind.topic,
         "n": figure,
         "m": _figure(rng, kind.units[1], numbers)[0],
@@ -185,17 +185,17 @@ def split_of(story_id: str) -> Split:
 
 def company(rng: random.Random) -> str:
     """Return a company's name."""
-    return rng.choice(texts.COMPANY_STARTS) + rng.choice(texts.COMPANY_ENDS)
+    return rng.choice(words.COMPANY_STARTS) + rng.choice(words.COMPANY_ENDS)
 
 
 def product(rng: random.Random) -> str:
     """Return a product's name."""
-    return rng.choice(texts.PRODUCT_STARTS) + rng.choice(texts.PRODUCT_ENDS)
+    return rng.choice(words.PRODUCT_STARTS) + rng.choice(words.PRODUCT_ENDS)
 
 
 def person(rng: random.Random) -> str:
     """Return a person's name."""
-    return f"{rng.choice(texts.FIRST_NAMES)} {rng.choice(texts.LAST_NAMES)}"
+    return f"{rng.choice(words.FIRST_NAMES)} {rng.choice(words.LAST_NAMES)}"
 
 
 def _story(index: int, seed: int) -> Story:
@@ -246,7 +246,7 @@ def _distractors(
             "ox": company(rng),
             "op": product(rng),
             "oy": person(rng),
-            "oz": rng.choice([city for city in texts.CITIES if city != slots["ci"]]),
+            "oz": rng.choice([city for city in words.CITIES if city != slots["ci"]]),
             "fig": _figure(rng, unit, numbers)[0],
         }
         sentences.append(template.format(**names, topic=slots["topic"]))
@@ -287,13 +287,13 @@ def _other_value(rng: random.Random, tale: Tale, slot: str, true: str, *, may_be
         digit = rng.choice([d for d in "123456789" if d != digits[0][place]])
         return true.replace(digits[0], digits[0][:place] + digit + digits[0][place + 1 :])
     if slot == "te":
-        return rng.choice([language for language in texts.LANGUAGES if language != true])
+        return rng.choice([language for language in words.LANGUAGES if language != true])
     if slot == "why":
-        return rng.choice([reason for reason in texts.REASONS[tale.kind] if reason != true])
+        return rng.choice([reason for reason in words.REASONS[tale.kind] if reason != true])
     if slot == "da":
         month, day = true.split()
         if rng.random() < 0.5:
-            return f"{rng.choice([m for m in texts.MONTHS if m != month])} {day}"
+            return f"{rng.choice([m for m in words.MONTHS if m != month])} {day}"
         return f"{month} {rng.choice([d for d in range(1, 29) if d != int(day)])}"
     kind_of_name = "co" if slot == "rv" else slot
     told = [name for name in tale.others[kind_of_name] if name != true]
@@ -303,7 +303,7 @@ def _other_value(rng: random.Random, tale: Tale, slot: str, true: str, *, may_be
     if told and may_be_told and rng.random() < 0.5:
         return rng.choice(told)
     if kind_of_name == "ci":
-        absent = rng.choice(texts.CITIES)
+        absent = rng.choice(words.CITIES)
     elif rng.random() < 0.5:
         absent = _misspelt(rng, kind_of_name, true)
     else:
@@ -316,12 +316,12 @@ def _misspelt(rng: random.Random, kind_of_name: str, name: str) -> str:
     if kind_of_name == "pe":
         first, last = name.split()
         if rng.random() < 0.5:
-            return f"{first} {rng.choice(texts.LAST_NAMES)}"
-        return f"{rng.choice(texts.FIRST_NAMES)} {last}"
+            return f"{first} {rng.choice(words.LAST_NAMES)}"
+        return f"{rng.choice(words.FIRST_NAMES)} {last}"
     starts, ends = (
-        (texts.COMPANY_STARTS, texts.COMPANY_ENDS)
+        (words.COMPANY_STARTS, words.COMPANY_ENDS)
         if kind_of_name == "co"
-        else (texts.PRODUCT_STARTS, texts.PRODUCT_ENDS)
+        else (words.PRODUCT_STARTS, words.PRODUCT_ENDS)
     )
     start = next(s for s in starts if name.startswith(s) and name[len(s) :] in ends)
     if rng.random() < 0.5:
@@ -343,7 +343,7 @@ def _with_invention(rng: random.Random, tale: Tale, style: str, title: str) -> s
     names = {
         "x": company(rng),
         "y": person(rng),
-        "z": rng.choice([city for city in texts.CITIES if city not in tale.body]),
+        "z": rng.choice([city for city in words.CITIES if city not in tale.body]),
     }
     if title.endswith("?") or names["x"] in tale.body or names["y"] in tale.body:
         return None

@@ -85,6 +85,15 @@ class FilterReport(BaseModel):
             for name, part in named
         ]
 
+    def as_line(self) -> str:
+        """Return what came, what was kept and what was dropped for which reason, in one line."""
+        kept = ", ".join(f"{self.kept.get(split, 0):,} {split}" for split in SPLITS)
+        reasons = [f"{sum(part.values()):,} {reason}" for reason, part in self.dropped.items()]
+        reasons += [f"{sum(self.beyond_limit.values()):,} beyond the limit"] if self.beyond_limit else []
+        return f"{self.total_came:,} rows gave {sum(self.kept.values()):,} prompts ({kept}); left out: " + (
+            ", ".join(reasons) or "none"
+        )
+
     def token_rows(self) -> list[dict[str, str | int]]:
         """Return the table of prompt lengths: one row per set of stories, one column per quantile."""
         return [{"tokens per prompt": name, **quantiles} for name, quantiles in self.tokens.items()]

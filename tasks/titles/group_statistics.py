@@ -14,7 +14,8 @@ from tasks.titles.metric_names import SUMMARY_PARTS
 # standard deviation, which would blow noise up to full-sized advantages) nor a better checkpoint.
 JUDGE_NOISE = 1e-4
 
-COLLAPSE_WINDOW = 5
+COLLAPSE_GROUPS = 24
+"""The collapse alarm compares means over as many steps as hold this many trajectory groups."""
 COLLAPSE_SHARE = 0.5
 
 
@@ -80,13 +81,14 @@ def distinct_share(titles_by_group: Sequence[Sequence[str]]) -> float:
     return statistics.fmean(len(set(titles)) / len(titles) for titles in titles_by_group if titles)
 
 
-def has_collapsed(rewards: Sequence[float]) -> bool:
+def has_collapsed(rewards: Sequence[float], groups_per_step: int) -> bool:
     """Return whether the last steps' mean training reward is under half of the first steps'.
 
-    That is what too high a learning rate looks like. Both windows are five steps and do not overlap;
-    without a positive start there is nothing to fall from.
+    That is what too high a learning rate looks like. Both windows hold `COLLAPSE_GROUPS` trajectory groups
+    and do not overlap; without a positive start there is nothing to fall from.
     """
-    if len(rewards) < 2 * COLLAPSE_WINDOW:
+    window = math.ceil(COLLAPSE_GROUPS / groups_per_step)
+    if len(rewards) < 2 * window:
         return False
-    start = statistics.fmean(rewards[:COLLAPSE_WINDOW])
-    return start > 0 and statistics.fmean(rewards[-COLLAPSE_WINDOW:]) < COLLAPSE_SHARE * start
+    start = statistics.fmean(rewards[:window])
+    return start > 0 and statistics.fmean(rewards[-window:]) < COLLAPSE_SHARE * start

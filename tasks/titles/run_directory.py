@@ -3,6 +3,7 @@
 runs/<run name>/
 ├── profile.json      the resolved profile
 ├── run.json          state, MLflow run id, time of creation
+├── stories.json      what became of every row of the source
 ├── metrics.jsonl     every step's metrics, written by the training loop
 ├── checkpoints …     adapters, in the engine's own layout
 ├── *.log             what libraries and servers had to say
@@ -167,8 +168,9 @@ def find_run(
     raise DataError(f"There is {wanted} in {runs_dir}. Runs there: {known}. Train one with: hn-titles train")
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole."""
+def write_json(path: Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file whole, its folder made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 

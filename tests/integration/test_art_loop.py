@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -218,3 +219,28 @@ def test_what_art_is_told_on_a_gpu(name: str) -> None:
     assert config["peft_args"] == {"r": 8, "lora_alpha": 8, "random_state": 1}
     assert config["trainer_args"] == {"max_grad_norm": 0.1, "optim": "adamw_8bit"}
     assert server_config()["server_args"]["served_model_name"] == "base"
+
+
+@pytest.mark.slow
+async def test_ten_times_the_learning_rate_collapses_and_rings_the_alarm(
+    tmp_path: Path, reward_server_url: str
+) -> None:
+    asked = request(
+        tmp_path / "run",
+        reward_server_url,
+        learning_rate={"art": 2e-2, "trl": 2e-2},
+        train_stories=60,
+        group_size=6,
+        groups_per_step=8,
+        max_steps=12,
+        eval_steps=12,
+        max_empty_batches=20,
+        packed_sequence_length=1024,
+    )
+    # A collapsed policy may end with nothing to train on before the last step: the alarm has rung by then.
+    with contextlib.suppress(NothingToTrainOn):
+        await run(asked)
+    rows = journal_of(asked.run_dir).rows()
+    rung = [step for step in sorted(rows) if rows[step].get(names.TRAIN_COLLAPSED)]
+    assert rung, {step: row.get(names.TRAIN_REWARD) for step, row in rows.items()}
+    assert min(rung) > 5

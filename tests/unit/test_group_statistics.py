@@ -97,7 +97,15 @@ def test_distinct_share() -> None:
     ],
 )
 def test_collapse_alarm(rewards: list[float], collapsed: bool) -> None:
-    assert has_collapsed(rewards) is collapsed
+    assert has_collapsed(rewards, groups_per_step=5) is collapsed  # windows of 5 steps, 25 groups
+
+
+def test_the_collapse_alarm_looks_at_as_many_groups_however_large_a_step_is() -> None:
+    fallen = [2.0] * 3 + [0.5] * 3
+    assert has_collapsed(fallen, groups_per_step=8)
+    assert not has_collapsed(fallen, groups_per_step=7)  # windows of 4 steps would overlap
+    assert not has_collapsed([2.0] * 24 + [0.5] * 23, groups_per_step=1)
+    assert has_collapsed([2.0] * 24 + [0.5] * 24, groups_per_step=1)
 
 
 def test_nan_never_makes_a_group_trainable() -> None:

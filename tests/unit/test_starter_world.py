@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks.starter import texts, world
+from tasks.starter import texts, words, world
 from tasks.starter.reward_labels import label, prediction_quality
 from tasks.starter.train_reward import half_of
 
@@ -112,7 +112,7 @@ def test_titles_of_better_styles_score_higher():
 
 
 def test_every_kind_has_its_own_reasons_and_factual_titles():
-    assert set(texts.REASONS) == set(texts.KINDS)
+    assert set(words.REASONS) == set(texts.KINDS)
     for kind in texts.KINDS.values():
         assert set(kind.titles) == {"figure", "cause", "plain", "how"}
 
