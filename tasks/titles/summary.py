@@ -11,6 +11,8 @@ from tasks.titles.evaluation import HUMAN, MEASURES, EvaluatedTitle, Figures, fi
 from tasks.titles.statistics import Interval
 
 SAMPLE_STORIES = 6
+FEWEST_STORIES = 20
+"""Test stories below which the headline warns: a bootstrap over fewer is far too sure of itself."""
 HEADINGS = {"heldout_score": "held-out"}
 """How a measure is called in tables, where not by its own name."""
 DIGITS = {"length": 0}
@@ -47,6 +49,11 @@ class Evaluation:
     seconds: float
     """Wall clock of the evaluation."""
 
+    @property
+    def test_stories(self) -> int:
+        """How many stories were evaluated."""
+        return len({title.story_id for title in self.titles})
+
     def of(self, writer: str, mode: str) -> Figures:
         """Return one writer's figures; the last checkpoint's are the best one's where they are one."""
         for found in self.figures:
@@ -75,7 +82,7 @@ class Evaluation:
             "best_step": self.training.best_step,
             "mlflow_run_id": self.training.mlflow_run_id,
             "reward_model": dict(self.reward_model) if self.reward_model else None,
-            "test_stories": len({title.story_id for title in self.titles}),
+            "test_stories": self.test_stories,
             "failed_judgements": sum(title.failure is not None for title in self.titles),
             "trajectories_dropped": self.training.trajectories_dropped,
             "collapsed_at": self.training.collapsed_at,
@@ -163,8 +170,15 @@ def gain_sentence(evaluation: Evaluation) -> str:
     times = f", {evaluation.ratio.mean:.2f} times the base model's" if evaluation.ratio else ""
     return (
         f"Reward of the best checkpoint minus the base model's, story by story: {gain.mean:+.2f} "
-        f"({gain.low:+.2f} to {gain.high:+.2f}){times}."
+        f"({gain.low:+.2f} to {gain.high:+.2f}){times}.{_few_stories(evaluation)}"
     )
+
+
+def _few_stories(evaluation: Evaluation) -> str:
+    count = evaluation.test_stories
+    if count >= FEWEST_STORIES:
+        return ""
+    return f" With {'one test story' if count == 1 else f'{count} test stories'} the intervals say little."
 
 
 def reward_model_sentence(evaluation: Evaluation) -> str:

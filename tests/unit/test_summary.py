@@ -13,6 +13,7 @@ from tasks.titles.summary import (
     Evaluation,
     TrainingFacts,
     evaluate_figures,
+    gain_sentence,
     markdown,
     metrics,
     sample_rows,
@@ -159,3 +160,8 @@ def test_tables_show_every_writer_and_untrusted_titles_stay_in_their_cell() -> N
     lines = [line for line in text.splitlines() if "script" in line]
     assert lines and all(line.count(" | ") == 3 and "<script" not in line and "a \\| b" in line for line in lines)
     assert text.endswith("* a link\n")
+
+
+def test_the_headline_warns_of_too_few_stories() -> None:
+    assert "With 2 test stories the intervals say little" in gain_sentence(evaluation(all_titles(2)))
+    assert "say little" not in gain_sentence(evaluation(all_titles(20)))
