@@ -186,7 +186,9 @@ def parse_profile(values: dict[str, Any], *, source: str) -> Profile:
         lines = []
         for item in error.errors():
             key = ".".join(str(part) for part in item["loc"]) or "profile"
-            problem = "no such setting" if item["type"] == "extra_forbidden" else item["msg"]
+            problem = (
+                "no such setting" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+            )
             came = "" if item["type"] in {"missing", "value_error"} else f" (got {item['input']!r})"
             lines.append(f"  {key}: {problem}{came}")
         known = ", ".join(Profile.model_fields)
