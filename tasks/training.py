@@ -9,12 +9,13 @@ from tasks.engines import art_loop
 from tasks.engines.art_resume import journal_of, stored_state
 from tasks.engines.art_session import ArtSession
 from tasks.engines.contract import Progress, ProgressListener, RunTracker, TrainingRequest, TrainingResult
+from tasks.engines.journal import first_collapse
 from tasks.engines.training_state import TrainingState
 from tasks.rollouts import map_groups
 from tasks.starter.paths import BASE_MODEL, resolve
 from tasks.titles.config import Settings
 from tasks.titles.errors import CheckpointError
-from tasks.titles.metric_names import TRAIN_COLLAPSED, TRAIN_REWARD, VAL_REWARD_MEAN
+from tasks.titles.metric_names import TRAIN_REWARD, VAL_REWARD_MEAN
 from tasks.titles.prepare import PreparedPrompts
 from tasks.titles.run_directory import RunDirectory
 from tasks.titles.summary import TrainingFacts
@@ -76,13 +77,12 @@ def training_facts(run: RunDirectory) -> TrainingFacts:
     state = stored_state(run.path)
     if state is None:
         raise CheckpointError(f"Run '{run.name}' has no complete checkpoint. Train it with: hn-titles train")
-    collapsed = [step for step, row in journal_of(run.path).rows().items() if row.get(TRAIN_COLLAPSED)]
     return TrainingFacts(
         engine=run.profile.engine,
         steps=state.cursor.step,
         best_step=state.best_step,
         seconds=state.seconds,
         trajectories_dropped=state.trajectories_dropped,
-        collapsed_at=min(collapsed, default=None),
+        collapsed_at=first_collapse(journal_of(run.path).rows()),
         mlflow_run_id=state.mlflow_run_id,
     )

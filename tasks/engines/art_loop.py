@@ -30,6 +30,7 @@ from tasks.engines.contract import (
     TrainingRequest,
     TrainingResult,
 )
+from tasks.engines.journal import first_collapse
 from tasks.engines.training_state import TrainingState, first_state
 from tasks.titles import metric_names as names
 from tasks.titles.errors import CheckpointError, DataError, NothingToTrainOn
@@ -274,7 +275,6 @@ class _Training:
         checkpoints = {step: adapter_folder(self._request.run_dir, step) for step in complete_steps(folder)}
         for step, checkpoint in checkpoints.items():
             self._tracker.log_checkpoint(step, checkpoint, self._rows[step])
-        collapsed = [step for step, row in self._rows.items() if row.get(names.TRAIN_COLLAPSED)]
         return TrainingResult(
             engine=ENGINE,
             steps=self.state.cursor.step,
@@ -282,7 +282,7 @@ class _Training:
             checkpoints=checkpoints,
             seconds=self.state.seconds,
             trajectories_dropped=self.state.trajectories_dropped,
-            collapsed_at=min(collapsed, default=None),
+            collapsed_at=first_collapse(self._rows),
         )
 
     async def _prune(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.titles.config import Profile
+from tasks.titles.rollout import Endpoint
 from tasks.titles.story import Prompt
 
 
@@ -40,15 +41,6 @@ class TrainingResult:
     trajectories_dropped: int
     collapsed_at: int | None = None
     """The first step at which the collapse alarm rang: the reward fell under half of its start."""
-
-
-class Rollout(Protocol):
-    """One title and what the judges said of it (the concrete class is `tasks.titles.rollout.Rollout`)."""
-
-    title: str
-    reward: float
-    score: float
-    verdict: bool
 
 
 GroupRollout = Callable[[Prompt], Awaitable[Any]]
@@ -93,12 +85,8 @@ class RunTracker(Protocol):
         ...
 
 
-class PolicyEndpoint(Protocol):
+class PolicyEndpoint(Endpoint, Protocol):
     """An OpenAI-compatible server of the base model and of the checkpoints of one run."""
-
-    base_url: str
-    api_key: str
-    base_model_name: str
 
     async def model_name(self, step: int) -> str:
         """Return the name that checkpoint `step` is served under, loading it where needed."""

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tasks.titles.errors import CheckpointError
+from tasks.titles.metric_names import TRAIN_COLLAPSED
+
+
+def first_collapse(rows: Mapping[int, Mapping[str, float]]) -> int | None:
+    """Return the first step at which the collapse alarm rang, None where it never did."""
+    return min((step for step, row in rows.items() if row.get(TRAIN_COLLAPSED)), default=None)
 
 
 class Journal:

@@ -26,8 +26,6 @@ from datetime import UTC, datetime, timedelta
 from tasks.starter import texts, words
 from tasks.titles.story import Split, Story
 
-WORLD_VERSION = 1
-"""Part of every cache key: raise it when the same seed would give other stories."""
 STORY_COUNT = 12_000
 SEED = 2026
 
