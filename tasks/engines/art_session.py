@@ -99,7 +99,7 @@ class ArtSession:
             self.model,
             trajectory_groups,
             learning_rate=self.profile.learning_rate.art,
-            loss_fn=self.profile.loss,
+            loss_fn=self.profile.loss.art,
             kl_penalty_coef=self.profile.kl_beta,
             packed_sequence_length=packed,
             logprob_calculation_chunk_size=min(LOGPROB_CHUNK, packed) if packed else LOGPROB_CHUNK,

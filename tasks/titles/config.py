@@ -27,6 +27,33 @@ class PerEngine(BaseModel):
     trl: float = Field(gt=0, allow_inf_nan=False)
 
 
+class Losses(BaseModel):
+    """The loss of each engine, by the framework's own name.
+
+    On titles of the present policy, with one update a step, ART's 'ppo' and TRL's 'grpo' are one formula: the
+    clipped ratio, averaged over each title's tokens and then over titles.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    art: Literal["cispo", "ppo"] = "cispo"
+    trl: Literal["dapo", "grpo", "cispo"] = "dapo"
+
+
+class TrlSettings(BaseModel):
+    """What only TRL's trainer needs to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
+    micro_batch: int = Field(12, ge=1, description="titles per forward and backward pass, on each device")
+    vllm_mode: Literal["colocate", "server"] = Field(
+        "colocate", description="on a GPU: vLLM in the trainer's process, or the server at VLLM_SERVER_URL"
+    )
+    vllm_memory_share: float = Field(0.3, gt=0, lt=1, description="share of the GPU's memory for vLLM when colocated")
+    unsloth: bool = Field(False, description="on a GPU: load and train the model with Unsloth")
+
+
 class Profile(BaseModel):
     """Everything that decides what a run does. Unknown keys are refused."""
 
@@ -62,13 +89,16 @@ class Profile(BaseModel):
     lora_alpha: int = Field(8, ge=1)
     max_grad_norm: float = Field(0.1, gt=0)
     kl_beta: float = Field(0.0, ge=0)
-    loss: Literal["cispo", "ppo"] = Field("cispo", description="ART's loss: its default CISPO, or PPO's clipped ratio")
+    loss: Losses = Field(default_factory=Losses, description="each engine's loss; unset: the framework's default")
     updates_per_step: Literal["one", "per_sequence"] = Field(
-        "one", description="one optimiser update a step, or ART's own habit: one per packed sequence"
+        "one", description="ART: one optimiser update a step, or its own habit: one per packed sequence"
     )
     packed_sequence_length: int | None = Field(
-        None, description="tokens per packed training sequence; unset: ART rounds up to a multiple of 2,048"
+        None, description="ART: tokens per packed training sequence; unset: rounded up to a multiple of 2,048"
     )
+    trl: TrlSettings = Field(default_factory=TrlSettings, description="settings of TRL's trainer alone")
+    devices: int = Field(1, ge=1, description="GPUs that training computes on; the CPU counts as one")
+    price_per_device_hour: float = Field(0.0, ge=0, description="money that a device costs an hour, in any currency")
 
     # sampling while training: anything but these values biases the importance ratio
     temperature: float = 1.0
@@ -110,6 +140,7 @@ class Settings(BaseSettings):
     reward_model_url: str | None = Field(default=None, description="a reward server; unset: the run starts its own")
     reward_model_api_key: SecretStr | None = None
     heldout_reward_model_url: str | None = None
+    vllm_server_url: str | None = Field(default=None, description="TRL's vLLM server, for trl.vllm_mode = 'server'")
     hf_endpoint: str | None = None
     mlflow_tracking_uri: str | None = Field(default=None, description="unset: SQLite in the runs directory")
     prefect_api_url: str | None = None

@@ -15,6 +15,8 @@ TRAIN_ENTROPY = "train/entropy"
 TRAIN_GRAD_NORM = "train/grad_norm"
 TRAIN_KL = "train/kl"
 
+TRAIN_TRAJECTORIES = "train/trajectories"  # titles with a reward
+TRAIN_TOKENS = "train/tokens"  # sampled for them
 TRAIN_TRAJECTORIES_DROPPED = "train/trajectories_dropped"  # failed ones; they have no reward at all
 TRAIN_GROUPS_SUBMITTED = "train/groups_submitted"  # asked for
 TRAIN_GROUPS_TRAINABLE = "train/groups_trainable"  # handed to the trainer
@@ -25,12 +27,16 @@ TRAIN_EMPTY_TITLES = "train/empty_titles"  # share of titles that are blank (rew
 TRAIN_DISTINCT_TITLES = "train/distinct_titles"  # distinct titles per title, mean over groups: 1 is all different
 TRAIN_COLLAPSED = "train/collapsed"  # 1 while the collapse alarm rings
 
+VERDICT_NEITHER = "verdict/neither"  # mean share of probability that the validator gives neither True nor False
+
 CANARY_MAX_DIFFERENCE = "canary/max_difference"  # nats, between server and trainer
 
-TIME_ROLLOUT = "time/rollout_s"
+TIME_ROLLOUT = "time/rollout_s"  # writing and judging
+TIME_JUDGE = "time/judge_s"  # its part in which titles were judged and none was written any more
 TIME_TRAIN = "time/train_s"
 TIME_STEP = "time/step_s"
 TIME_EVAL = "time/eval_s"
+TIME_ELAPSED = "time/elapsed_s"  # of training up to and including this step, over all sittings
 THROUGHPUT_TOKENS = "throughput/tokens_per_s"  # sampled tokens per second of the whole step
 
 VAL_REWARD = "val/reward"
