@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,34 +19,32 @@ from pathlib import Path
 
 import httpx
 
+from tasks.titles.child_process import ChildProcess, end_with_stdin
 from tasks.titles.errors import ServiceUnavailable
 
 logger = logging.getLogger(__name__)
 
 # The first start creates the database, which takes several seconds on a laptop.
 _START_TIMEOUT_S = 120.0
-_STOP_S = 10.0
 _DRAIN_S = 10.0
 _POLL_S = 0.1
 
 
 class PrefectServer:
-    """A child process that ends with this one, however that ends: it watches its standard input."""
+    """A child process that ends with this one, however that ends.
+
+    Ctrl-C does not reach it: the run still has its end to report.
+    """
 
     def __init__(self, log_path: Path) -> None:
-        self._log_path = log_path
-        with socket.create_server(("127.0.0.1", 0)) as listener, log_path.open("ab") as log:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             descriptor = listener.fileno()
-            self._process = subprocess.Popen(
+            self._process = ChildProcess(
                 [sys.executable, "-m", "flows.prefect_server", str(descriptor)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PREFECT_UI_API_URL": f"{self.url}/api"},
+                log_path=log_path,
+                environment={**os.environ, "PREFECT_UI_API_URL": f"{self.url}/api"},
                 pass_fds=(descriptor,),
-                # Ctrl-C reaches the whole foreground group; the run still has its end to report.
-                start_new_session=True,
             )
 
     def wait_ready(self) -> None:
@@ -64,21 +59,14 @@ class PrefectServer:
                     pass
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise ServiceUnavailable(
-                        f"Prefect's server did not start; see {self._log_path}. "
-                        "Start one with 'prefect server start' and set PREFECT_API_URL to its address."
+                        "Prefect's server did not start. Start one with 'prefect server start' and set "
+                        f"PREFECT_API_URL to its address.{self._process.log_end()}"
                     )
                 time.sleep(_POLL_S)
 
     def stop(self) -> None:
         """End the process and wait for it."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdin:
-            self._process.stdin.close()
+        self._process.stop()
 
 
 @dataclass(frozen=True)
@@ -146,12 +134,7 @@ def serve(descriptor: int) -> None:
     """Serve Prefect's API and UI on the inherited socket until SIGTERM or the end of standard input."""
     import uvicorn
 
-    def stop_at_end_of_stdin() -> None:
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_at_end_of_stdin, name="stdin", daemon=True).start()
+    end_with_stdin()
     config = uvicorn.Config(
         "prefect.server.api.server:create_app", factory=True, log_level="error", timeout_graceful_shutdown=3
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Sequence
 
 from reward_server.settings import RewardServerSettings, read_settings
+from tasks.titles.child_process import end_with_stdin
 from tasks.titles.errors import ConfigError, HnTitlesError, UserError
 
 logger = logging.getLogger("reward_server")
@@ -24,7 +23,7 @@ def serve(settings: RewardServerSettings) -> None:
     """
     listener = _listen(settings)
     if settings.stop_with_stdin:
-        threading.Thread(target=_stop_at_end_of_stdin, name="stdin", daemon=True).start()
+        end_with_stdin()
 
     # Read when PyTorch's OpenMP is loaded. Threads that spin while they wait starve the trainer and the sampler beside
     # them, and each other: with two busy cores a small model takes five times as long.
@@ -94,12 +93,6 @@ def _listen(settings: RewardServerSettings) -> socket.socket:
             f"Cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
             "Choose another --port (0: any free one) or stop the server that holds it."
         ) from error
-
-
-def _stop_at_end_of_stdin() -> None:
-    while os.read(0, 1024):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Self
 
 import httpx
 
+from tasks.titles.child_process import ChildProcess
 from tasks.titles.errors import ServiceRejected, ServiceUnavailable
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
-_STOP_S = 10.0
-"""Time between SIGTERM and SIGKILL."""
-_LOG_LINES = 20
 
 
 class RewardServerProcess:
     """Starts `python -m reward_server` on a free port of 127.0.0.1 and stops it, its whole process group.
 
-    Use it as a context manager, plain or async. The server also ends when this process is killed outright: it
-    watches its standard input, a pipe that the kernel closes with this process. (Linux' parent-death signal would
-    fire at the end of the *thread* that started the server, which in a worker thread is too early.)
+    Use it as a context manager, plain or async. The server also ends when this process is killed outright.
     """
 
     def __init__(
@@ -55,7 +48,7 @@ class RewardServerProcess:
         self._api_key = api_key
         self._start_timeout_s = start_timeout_s
         self._on_progress = on_progress
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._url: str | None = None
 
     @property
@@ -98,7 +91,6 @@ class RewardServerProcess:
         """Start the process and return at once; `wait_ready` waits for the model."""
         if self._process is not None:
             raise RuntimeError("this reward server has been started already")
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "reward_server", "--model", self.model, "--device", self._device]
         command += ["--stop-with-stdin"]
         environment = {key: value for key, value in os.environ.items() if key != "REWARD_SERVER_API_KEY"}
@@ -108,19 +100,15 @@ class RewardServerProcess:
             command += ["--threads", str(self._threads)]
             environment["OMP_NUM_THREADS"] = str(self._threads)
         # The socket is handed over open, so no other process can take the port in between.
-        with socket.create_server(("127.0.0.1", 0)) as listener, self.log_path.open("ab") as log:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
             descriptor = listener.fileno()
             self._url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            self._process = subprocess.Popen(
+            self._process = ChildProcess(
                 [*command, "--fd", str(descriptor)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
+                log_path=self.log_path,
+                environment=environment,
                 pass_fds=(descriptor,),
-                start_new_session=True,
             )
-        atexit.register(self.stop)
         logger.info("Reward server %s starts as process %d, log in %s", self._url, self._process.pid, self.log_path)
 
     def wait_ready(self) -> None:
@@ -129,19 +117,22 @@ class RewardServerProcess:
         Raises `ServiceUnavailable` with the end of the log when the process ends before or takes too long, and
         `ServiceRejected` when the model is loaded but does not answer.
         """
+        process = self._process
+        if process is None:
+            raise ServiceUnavailable("The reward server has not been started, or was stopped before it was ready.")
         started = time.monotonic()
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         with httpx.Client(base_url=self.url, headers=headers, timeout=5.0, trust_env=False) as client:
             while True:
                 waited = time.monotonic() - started
-                code = self._process.poll() if self._process is not None else None
-                if self._process is None or code is not None:
+                code = process.poll()
+                if code is not None:
                     raise ServiceUnavailable(
-                        f"The reward server ended with exit code {code} before it was ready.{self._log_end()}"
+                        f"The reward server ended with exit code {code} before it was ready.{process.log_end()}"
                     )
                 if waited > self._start_timeout_s:
                     raise ServiceUnavailable(
-                        f"The reward server was not ready after {self._start_timeout_s:g} s.{self._log_end()}"
+                        f"The reward server was not ready after {self._start_timeout_s:g} s.{process.log_end()}"
                     )
                 with contextlib.suppress(httpx.TransportError):
                     response = client.get("/health")
@@ -158,27 +149,6 @@ class RewardServerProcess:
     def stop(self) -> None:
         """End the process group and wait for it; harmless where nothing runs."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        atexit.unregister(self.stop)
-        for number, patience in ((signal.SIGTERM, _STOP_S), (signal.SIGKILL, None)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=patience)
-                break
-        _close(process.stdin)
-        logger.info("Reward server %s has ended", self._url)
-
-    def _log_end(self) -> str:
-        try:
-            lines = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as error:
-            return f" Its log {self.log_path} cannot be read: {error}"
-        return "\n".join(["", f"The end of {self.log_path}:", *lines[-_LOG_LINES:]])
-
-
-def _close(pipe: IO[Any] | None) -> None:
-    if pipe is not None:
-        with contextlib.suppress(OSError):
-            pipe.close()
+        if process is not None:
+            process.stop()
+            logger.info("Reward server %s has ended", self._url)

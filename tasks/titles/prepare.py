@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,17 @@ from tasks.titles.config import Profile
 from tasks.titles.errors import DataError
 from tasks.titles.filter_report import FilterReport, account
 from tasks.titles.filters import choose, divide, filter_content, filter_duplicates, filter_length
+from tasks.titles.prompt_file import read_prompts, write_prompts
 from tasks.titles.prompts import policy_messages
 from tasks.titles.rows import LoadedStories
 from tasks.titles.sources import load_stories
-from tasks.titles.story import SPLITS, Prompt, Split, Story
+from tasks.titles.story import SPLITS, Prompt, Split
 from tasks.titles.tokens import Progress, count_prompt_tokens, load_tokenizer, tokenizer_fingerprint
 
 logger = logging.getLogger(__name__)
 
 # Raise it with any change to the filters, the report or the cached file.
-CACHE_VERSION = 1
-_REPORT_KEY = b"hn-titles-report"
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def prepare_prompts(profile: Profile, *, cache_dir: Path, progress: Progress | N
     for split in SPLITS:
         if not report.kept.get(split):
             raise _nothing_left(split, report)
-    _write(path, chosen, report)
+    write_prompts(path, chosen, report.model_dump_json())
     return _by_split(chosen, report)
 
 
@@ -106,50 +104,16 @@ def _cache_key(profile: Profile, loaded: LoadedStories, tokenizer: str) -> str:
     return digest.hexdigest()
 
 
-def _write(path: Path, prompts: Iterable[Prompt], report: FilterReport) -> None:
-    """Write prompts and report as one file, whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = [{**_columns(prompt.story), "tokens": prompt.tokens} for prompt in prompts]
-    table = pa.Table.from_pylist(columns).replace_schema_metadata({_REPORT_KEY: report.model_dump_json()})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        os.close(handle)
-        try:
-            pq.write_table(table, name, write_page_checksum=True)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"The prompts cannot be kept in {path.parent}: {error}. Make the folder writable.") from error
-
-
 def _read(path: Path) -> PreparedPrompts | None:
-    """Return what `_write` stored, or None where there is nothing or nothing that is whole."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """Return what is cached, or None where there is nothing or nothing that is whole."""
     if not path.is_file():
         return None
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            report = FilterReport.model_validate_json(file.schema_arrow.metadata[_REPORT_KEY])
-            rows = file.read().to_pylist()
-        prompts = []
-        for row in rows:
-            tokens = row.pop("tokens")
-            prompts.append(Prompt(Story(**row), policy_messages(row["scraped_body"]), tokens))
-        prepared = _by_split(prompts, report)
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s: %s); the prompts are made again", path, type(error).__name__, error)
+        prompts, report = read_prompts(path)
+        return _by_split(prompts, FilterReport.model_validate_json(report))
+    except (DataError, ValueError) as error:
+        logger.warning("%s is damaged (%s); the prompts are made again", path, error)
         return None
-    return prepared
-
-
-def _columns(story: Story) -> dict[str, object]:
-    return {name: getattr(story, name) for name in Story.__slots__}
 
 
 def _by_split(prompts: Iterable[Prompt], report: FilterReport) -> PreparedPrompts:

@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
 import pytest
+from processes import is_alive, wait_until_gone
 
 from reward_server.check import check_server
 from reward_server.client import RewardClient
@@ -20,23 +20,6 @@ from reward_server.process import RewardServerProcess
 from tasks.titles.errors import ServiceRejected, ServiceUnavailable
 
 COMMAND = [sys.executable, "-m", "reward_server", "--threads", "1"]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = Path(f"/proc/{pid}/stat")
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_until_gone(pid: int) -> None:
-    for _ in range(600):
-        if not is_alive(pid):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"process {pid} is still there after 30 s")
 
 
 async def test_a_started_server_passes_its_check_and_ends(tmp_path: Path) -> None:
