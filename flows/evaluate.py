@@ -8,14 +8,14 @@ from prefect import flow
 
 from flows.progress import tell
 from tasks.data import prepare_prompts_task
-from tasks.engines.art_session import open_session
-from tasks.evaluation import evaluate_titles, measure_reward_model, store_evaluation, writers_of
+from tasks.engines.policy_server import serve_checkpoints
+from tasks.evaluation import evaluate_titles, measure_reward_model, store_evaluation
 from tasks.health import heldout_reward_server, reward_server
 from tasks.titles.config import Settings
 from tasks.titles.run_directory import find_run
 from tasks.titles.summary import Evaluation, evaluate_figures
 from tasks.tracking import flow_run_label, show_results, tracked, tracking_uri
-from tasks.training import training_facts, training_request
+from tasks.training import base_model_of, checkpoint_folders, training_facts
 
 
 @flow(name="evaluate", flow_run_name=flow_run_label, persist_result=False, retries=0)
@@ -38,14 +38,14 @@ async def evaluate_run(
         async with (
             reward_server(run, settings, "reward-model", lambda waited: tell("judges", waited)) as judge,
             heldout_reward_server(run, settings) as heldout,
-            open_session(training_request(run, prompts, judge.base_url, settings)) as (session, _),
+            serve_checkpoints(run.profile, base_model_of(run.profile), checkpoint_folders(run, training)) as server,
         ):
             tell("judges", 1, 1)
             titles = await evaluate_titles(
                 run.profile,
                 prompts.test,
-                endpoint=session,
-                writers=await writers_of(session, training),
+                endpoint=server,
+                writers={"base": server.base_model_name, **server.names},
                 reward_client=judge,
                 heldout_client=heldout,
                 on_progress=lambda done, total: tell("evaluation", done, total),

@@ -29,6 +29,7 @@ STAGES = {
     "training": "training steps",
     "judges": "judges",
     "evaluation": "test stories",
+    "runs": "runs trained",
 }
 """How each stage is called on the screen."""
 
@@ -40,6 +41,8 @@ def execute(
 
     `verb` says what is done to the run; `job` imports the flow and returns it ready to be called.
     """
+    from prefect.exceptions import TerminationSignal
+
     from flows.prefect_server import prefect_api
     from flows.progress import watched_by
     from flows.terminal import Bars, output_to
@@ -62,7 +65,8 @@ def execute(
                 api.wait_ready()
                 bars("prefect", 1, 1, api.ui_url)
                 result = asyncio.run(flow())
-        except (KeyboardInterrupt, asyncio.CancelledError):
+        except (KeyboardInterrupt, asyncio.CancelledError, TerminationSignal):
+            # Prefect puts a handler of its own for SIGTERM in the place of this one while a flow runs.
             but = " (without --fresh)" if "--fresh" in sys.argv else ""
             screen.print(
                 f"\nInterrupted. Run {run_directory.name} continues with the same command{but}.", soft_wrap=True
@@ -75,7 +79,8 @@ def execute(
             raise
         show(out, run_directory, result)
         _show_where(out, run_directory, api)
-        last = run_directory.summary_path if run_directory.summary_path.exists() else run_directory.path
+        results = (run_directory.report_page, run_directory.summary_path)
+        last = next((path for path in results if path.exists()), run_directory.path)
         out.print(str(last), soft_wrap=True)
 
 

@@ -17,6 +17,8 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Table
 from rich.text import Text
 
+from tasks.titles.comparison import Comparison
+from tasks.titles.comparison_report import side_by_side
 from tasks.titles.evaluation import MEASURES
 from tasks.titles.statistics import Interval
 from tasks.titles.summary import DIGITS, HEADINGS, Evaluation, writer_name
@@ -107,6 +109,8 @@ class Bars:
         self._progress.update(self._tasks[stage], completed=completed, total=total, note=note)
 
     def _line(self, stage: str, label: str, done: float, total: float | None, note: str) -> None:
+        if done == 0:
+            self._tenths.pop(stage, None)  # it begins again, with another run
         tenth = int(10 * done / total) if total else 0
         if tenth > self._tenths.get(stage, -1) or (done == total and note):
             self._tenths[stage] = tenth
@@ -135,6 +139,33 @@ def results_table(evaluation: Evaluation) -> Table:
         how = "" if found.mode == "human" else f"\n({found.mode})"
         cells = [Text(_stacked(found.measures[measure], measure)) for measure in MEASURES]
         grid.add_row(who + Text(how, style="dim"), *cells)
+    return grid
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return a comparison's figures in 80 characters: each mean with its interval below."""
+    title = "Means over seeds and test stories with 95% bootstrap intervals (length: characters)"
+    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("titles of", *MEASURES):
+        grid.add_column(HEADINGS.get(name, name), no_wrap=True)
+    # What training raises first, then what a user would ask for.
+    for (method, mode), found in sorted(comparison.figures.items(), key=lambda item: item[0][1] == "greedy"):
+        who = Text(comparison.methods[method].name, style="bold")
+        how = f"\n({mode})" if mode in ("sampled", "greedy") else ""
+        cells = [Text(_stacked(found.measures[measure], measure)) for measure in MEASURES]
+        grid.add_row(who + Text(how, style="dim"), *cells)
+    return grid
+
+
+def side_by_side_titles(comparison: Comparison, count: int) -> Table:
+    """Return the titles of a few stories, one method below the other, each with its reward."""
+    title = "Titles side by side (greedy where a model wrote them), their reward in brackets"
+    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("titles of", style="dim", no_wrap=True)
+    grid.add_column("title", overflow="fold")
+    for story in side_by_side(comparison, count):
+        for number, (name, text) in enumerate(story.items(), start=1):
+            grid.add_row(name, Text(text), end_section=number == len(story))
     return grid
 
 

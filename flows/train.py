@@ -6,12 +6,18 @@ from prefect import flow
 
 from flows.progress import tell
 from tasks.data import prepare_prompts_task
-from tasks.engines.art_session import open_session
 from tasks.engines.training_state import MAY_CHANGE
 from tasks.health import reward_server
 from tasks.titles.config import Settings, load_profile
 from tasks.titles.run_directory import open_run, write_json
-from tasks.tracking import flow_run_label, follow_training, show_validation_titles, tracked, tracking_uri
+from tasks.tracking import (
+    flow_run_label,
+    follow_training,
+    peak_memory_of,
+    show_validation_titles,
+    tracked,
+    tracking_uri,
+)
 from tasks.training import describe_step, train_policy, training_request
 
 
@@ -46,13 +52,12 @@ async def train_titles(
         async with reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge:
             tell("reward server", 1, 1)
             request = training_request(run, prompts, judge.base_url, settings)
-            async with open_session(request) as (session, state):
-                listener = await follow_training(
-                    run, tracker, lambda step: tell("training", step.step, step.max_steps, describe_step(step))
-                )
-                result = await train_policy(
-                    request, session=session, state=state, tracker=tracker, on_progress=listener
-                )
+            listener = await follow_training(
+                run, tracker, lambda step: tell("training", step.step, step.max_steps, describe_step(step))
+            )
+            tell("training", 0, run.profile.max_steps, "starting")
+            with peak_memory_of(run):
+                result = await train_policy(request, tracker=tracker, on_progress=listener)
         tracker.log_reward_curve(result.best_step)
         await show_validation_titles(run)
         run.update(state="trained")

@@ -9,7 +9,6 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from reward_server.client import RewardClient
-from tasks.engines.contract import PolicyEndpoint
 from tasks.engines.tracker import MlflowTracker
 from tasks.titles.config import Profile
 from tasks.titles.evaluation import EvaluatedTitle, Evaluator
@@ -18,7 +17,7 @@ from tasks.titles.rollout import Endpoint
 from tasks.titles.run_directory import RunDirectory, write_json, write_text
 from tasks.titles.sources import load_stories
 from tasks.titles.story import Prompt
-from tasks.titles.summary import Evaluation, TrainingFacts, markdown, metrics
+from tasks.titles.summary import Evaluation, markdown, metrics
 
 
 @task(name="evaluate titles", cache_policy=NO_CACHE, persist_result=False)
@@ -31,10 +30,19 @@ async def evaluate_titles(
     reward_client: RewardClient,
     heldout_client: RewardClient | None,
     on_progress: Callable[[int, int], None],
+    baselines: bool = False,
 ) -> list[EvaluatedTitle]:
-    """Have every writer's titles of the test stories and the human ones written and judged."""
+    """Have every writer's titles of the test stories and the human ones written and judged.
+
+    With `baselines` come those that need no training: first sentences, and the best of several base titles.
+    """
     async with Evaluator(
-        profile, endpoint=endpoint, writers=writers, reward_client=reward_client, heldout_client=heldout_client
+        profile,
+        endpoint=endpoint,
+        writers=writers,
+        reward_client=reward_client,
+        heldout_client=heldout_client,
+        baselines=baselines,
     ) as evaluator:
         titles = await evaluator.evaluate(prompts, on_progress)
     failed = sum(title.failure is not None for title in titles)
@@ -48,17 +56,6 @@ async def measure_reward_model(source: str, client: RewardClient) -> dict[str, f
     quality = await reward_model_quality(load_stories(source).stories, client)
     get_run_logger().info("Reward model on the test split: %s", quality)
     return quality
-
-
-async def writers_of(endpoint: PolicyEndpoint, training: TrainingFacts) -> dict[str, str]:
-    """Return whose titles are compared, each with the name that the endpoint serves its weights under.
-
-    The last checkpoint is left out where it is the best one.
-    """
-    writers = {"base": endpoint.base_model_name, "best": await endpoint.model_name(training.best_step)}
-    if training.steps != training.best_step:
-        writers["last"] = await endpoint.model_name(training.steps)
-    return writers
 
 
 @task(name="store evaluation", cache_policy=NO_CACHE, persist_result=False)

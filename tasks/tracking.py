@@ -20,6 +20,7 @@ from prefect.runtime import flow_run
 from tasks.engines.contract import Progress, ProgressListener
 from tasks.engines.tracker import MlflowTracker, default_tracking_uri
 from tasks.titles.config import Settings
+from tasks.titles.peak_memory import PeakMemory
 from tasks.titles.run_directory import RunDirectory, RunRecord
 from tasks.titles.summary import Evaluation, markdown, sample_rows, table_rows
 
@@ -56,6 +57,17 @@ def tracked(run: RunDirectory, tracking_uri: str) -> Iterator[MlflowTracker]:
         tracker.finish("KILLED")
         raise
     tracker.finish("FINISHED")
+
+
+@contextmanager
+def peak_memory_of(run: RunDirectory) -> Iterator[None]:
+    """Keep the highest memory of this process and its children in the run's record, over all sittings."""
+    memory = PeakMemory()
+    try:
+        with memory:
+            yield
+    finally:
+        run.update(peak_memory_mb=max(memory.megabytes, run.record().peak_memory_mb or 0.0))
 
 
 def tracking_uri(settings: Settings) -> str:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.engines import art_loop
-from tasks.engines.art_resume import journal_of, stored_state
-from tasks.engines.art_session import ArtSession
+from tasks.engines.art_session import open_session
 from tasks.engines.contract import Progress, ProgressListener, RunTracker, TrainingRequest, TrainingResult
 from tasks.engines.journal import first_collapse
-from tasks.engines.training_state import TrainingState
+from tasks.engines.resume import adapter_folder, journal_of, stored_state
+from tasks.engines.trl_engine.launch import train as train_with_trl
 from tasks.rollouts import map_groups
 from tasks.starter.paths import BASE_MODEL, resolve
-from tasks.titles.config import Settings
+from tasks.titles.config import Profile, Settings
 from tasks.titles.errors import CheckpointError
 from tasks.titles.metric_names import TRAIN_REWARD, VAL_REWARD_MEAN
 from tasks.titles.prepare import PreparedPrompts
 from tasks.titles.run_directory import RunDirectory
 from tasks.titles.summary import TrainingFacts
+
+
+def base_model_of(profile: Profile) -> str:
+    """Return the base model's folder or hub name."""
+    return resolve(profile.base_model, BASE_MODEL)
 
 
 def training_request(
@@ -30,7 +37,7 @@ def training_request(
         profile=run.profile,
         run_name=run.name,
         run_dir=run.path,
-        base_model=resolve(run.profile.base_model, BASE_MODEL),
+        base_model=base_model_of(run.profile),
         train=prompts.train,
         val=prompts.val,
         reward_model_url=reward_model_url,
@@ -41,18 +48,17 @@ def training_request(
 # Never retried: a training that stops continues from its last checkpoint when the same command is given again.
 @task(name="train policy", cache_policy=NO_CACHE, persist_result=False, retries=0)
 async def train_policy(
-    request: TrainingRequest,
-    *,
-    session: ArtSession,
-    state: TrainingState | None,
-    tracker: RunTracker,
-    on_progress: ProgressListener,
+    request: TrainingRequest, *, tracker: RunTracker, on_progress: ProgressListener
 ) -> TrainingResult:
-    """Train to `max_steps`, from `state` on where a run is continued."""
-    mapper = map_groups if request.profile.prefect_rollouts else art_loop.map_plainly
-    result = await art_loop.train(
-        request, session=session, state=state, tracker=tracker, map_groups=mapper, on_progress=on_progress
-    )
+    """Train to `max_steps` with the profile's engine, from the last complete checkpoint on where there is one."""
+    if request.profile.engine == "trl":
+        result = await train_with_trl(request, tracker=tracker, on_progress=on_progress)
+    else:
+        mapper = map_groups if request.profile.prefect_rollouts else art_loop.map_plainly
+        async with open_session(request) as (session, state):
+            result = await art_loop.train(
+                request, session=session, state=state, tracker=tracker, map_groups=mapper, on_progress=on_progress
+            )
     get_run_logger().info(
         "%d steps in %.0f s, best checkpoint %d, %d trajectories dropped",
         result.steps,
@@ -74,7 +80,7 @@ def training_facts(run: RunDirectory) -> TrainingFacts:
 
     Raises `CheckpointError` where it has no complete checkpoint.
     """
-    state = stored_state(run.path)
+    state = stored_state(run.path, run.profile.engine)
     if state is None:
         raise CheckpointError(f"Run '{run.name}' has no complete checkpoint. Train it with: hn-titles train")
     return TrainingFacts(
@@ -86,3 +92,11 @@ def training_facts(run: RunDirectory) -> TrainingFacts:
         collapsed_at=first_collapse(journal_of(run.path).rows()),
         mlflow_run_id=state.mlflow_run_id,
     )
+
+
+def checkpoint_folders(run: RunDirectory, training: TrainingFacts) -> dict[str, Path]:
+    """Return the folders of a run's best and last checkpoint; the last is left out where it is the best one."""
+    steps = {"best": training.best_step, "last": training.steps}
+    if training.steps == training.best_step:
+        del steps["last"]
+    return {name: adapter_folder(run.path, run.profile.engine, step) for name, step in steps.items()}

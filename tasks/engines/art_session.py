@@ -10,19 +10,22 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
-from tasks.engines.art_resume import (
+from tasks.engines.canary import canary_tokens, check_canary
+from tasks.engines.checkpoints import steps_on_disk
+from tasks.engines.context import VALIDATOR_EXTRA_TOKENS, context_tokens
+from tasks.engines.contract import TrainingRequest
+from tasks.engines.cpu.settings import CpuSettings
+from tasks.engines.resume import (
     ART_MODEL,
     ART_PROJECT,
     adapter_folder,
-    art_folder,
     checkpoints_folder,
+    engine_folder,
     prepare_to_continue,
 )
-from tasks.engines.canary import canary_tokens, check_canary
-from tasks.engines.checkpoints import steps_on_disk
-from tasks.engines.contract import TrainingRequest
 from tasks.engines.training_state import TrainingState
 from tasks.titles.config import Profile
 from tasks.titles.errors import CheckpointError, ConfigError
@@ -31,8 +34,6 @@ from tasks.titles.rollout import RolloutGroup
 logger = logging.getLogger(__name__)
 
 BASE_MODEL_NAME = "base"
-# What the validator reads besides body and title is longer than what the policy reads; its prompt must fit, too.
-VALIDATOR_EXTRA_TOKENS = 256
 # Trainer and server share one GPU; the published settings leave the other half to Unsloth.
 GPU_MEMORY_SHARE = 0.5
 # ART computes log-probabilities in chunks of this many tokens; a packed sequence must be a multiple of it.
@@ -40,7 +41,7 @@ LOGPROB_CHUNK = 1024
 
 
 class ArtSession:
-    """A registered policy: implements `contract.PolicyEndpoint` and trains. Open it with `open_session`."""
+    """A registered policy: implements `rollout.Endpoint` and trains. Open it with `open_session`."""
 
     def __init__(self, *, request: TrainingRequest, backend: Any, model: Any, context_tokens: int) -> None:
         from transformers import AutoTokenizer
@@ -60,11 +61,11 @@ class ArtSession:
     @property
     def step(self) -> int:
         """The policy's current step: the highest checkpoint on disk."""
-        return max(steps_on_disk(checkpoints_folder(self.run_dir)), default=0)
+        return max(steps_on_disk(checkpoints_folder(self.run_dir, "art")), default=0)
 
     async def model_name(self, step: int) -> str:
         """Return the name that checkpoint `step` is served under, loading it where needed."""
-        folder = adapter_folder(self.run_dir, step)
+        folder = adapter_folder(self.run_dir, "art", step)
         if step not in self._loaded:
             if not folder.is_dir():
                 raise CheckpointError(f"There is no checkpoint {step} to serve: {folder} does not exist.")
@@ -149,35 +150,41 @@ async def open_session(request: TrainingRequest) -> AsyncIterator[tuple[ArtSessi
     profile = request.profile
     check_art_settings(profile)
     state = prepare_to_continue(request)
+    context = context_tokens(request.base_model, profile)
+    async with open_backend(profile, request.base_model, engine_folder(request.run_dir, "art")) as (backend, model):
+        yield ArtSession(request=request, backend=backend, model=model, context_tokens=context), state
+
+
+@asynccontextmanager
+async def open_backend(
+    profile: Profile, base_model: str, folder: Path, *, adapters_in_memory: int = CpuSettings.adapters_in_memory
+) -> AsyncIterator[tuple[Any, Any]]:
+    """Open ART's backend in `folder` and register a policy on it; yield both, and close it whatever happens.
+
+    `adapters_in_memory` bounds how many adapters the CPU service holds ready for sampling.
+    """
     _prepare_environment()
     import art
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-
-    context = context_tokens(request.base_model, profile)
-    if profile.max_prompt_tokens + profile.max_completion_tokens > context:
-        raise ConfigError(
-            f"max_prompt_tokens + max_completion_tokens = {profile.max_prompt_tokens + profile.max_completion_tokens} "
-            f"is more than the {context} tokens that {request.base_model} reads. Lower one of them."
-        )
     if profile.device == "cuda":
         from art.local import LocalBackend
 
-        backend: Any = LocalBackend(path=str(art_folder(request.run_dir)))
+        backend: Any = LocalBackend(path=str(folder))
         internal_config = gpu_config(profile)
     else:
         from tasks.engines.cpu.backend import CpuBackend
-        from tasks.engines.cpu.settings import CpuSettings
 
         backend = CpuBackend(
-            path=str(art_folder(request.run_dir)),
+            path=str(folder),
             settings=CpuSettings(
                 lora_rank=profile.lora_rank,
                 lora_alpha=profile.lora_alpha,
                 max_grad_norm=profile.max_grad_norm,
                 updates_per_step=profile.updates_per_step,
                 seed=profile.seed,
+                adapters_in_memory=adapters_in_memory,
             ),
         )
         internal_config = None
@@ -185,12 +192,12 @@ async def open_session(request: TrainingRequest) -> AsyncIterator[tuple[ArtSessi
         model: Any = art.TrainableModel(
             name=ART_MODEL,
             project=ART_PROJECT,
-            base_model=request.base_model,
+            base_model=base_model,
             report_metrics=[],
             _internal_config=internal_config,
         )
         await model.register(backend, _openai_client_config=server_config())
-        yield ArtSession(request=request, backend=backend, model=model, context_tokens=context), state
+        yield backend, model
     finally:
         await backend.close()
 
@@ -239,16 +246,6 @@ def server_config() -> Any:
     )
 
 
-def context_tokens(base_model: str, profile: Profile) -> int:
-    """Return how many tokens the policy's server reads at once."""
-    from transformers import AutoConfig
-
-    longest = int(AutoConfig.from_pretrained(base_model).max_position_embeddings)
-    if profile.device == "cuda":
-        return min(longest, profile.max_prompt_tokens + profile.max_completion_tokens + VALIDATOR_EXTRA_TOKENS)
-    return longest
-
-
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -257,6 +254,7 @@ def _prepare_environment() -> None:
     # Before ART is imported: litellm would look up prices on the network, and wandb would report there.
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     os.environ.setdefault("WANDB_MODE", "disabled")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     os.environ.setdefault("WEAVE_DISABLED", "true")
     if os.environ.pop("WANDB_API_KEY", None):
         logger.info("WANDB_API_KEY is not used: metrics go to MLflow")

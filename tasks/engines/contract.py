@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tasks.titles.config import Profile
-from tasks.titles.rollout import Endpoint
 from tasks.titles.story import Prompt
 
 
@@ -82,12 +81,4 @@ class RunTracker(Protocol):
 
     def log_checkpoint(self, step: int, folder: Path, metrics: Mapping[str, float]) -> None:
         """Store a kept checkpoint as a LoggedModel with its metrics and its adapter."""
-        ...
-
-
-class PolicyEndpoint(Endpoint, Protocol):
-    """An OpenAI-compatible server of the base model and of the checkpoints of one run."""
-
-    async def model_name(self, step: int) -> str:
-        """Return the name that checkpoint `step` is served under, loading it where needed."""
         ...

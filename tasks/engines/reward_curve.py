@@ -8,7 +8,8 @@ from pathlib import Path
 from tasks.titles.metric_names import TRAIN_REWARD, VAL_REWARD_MEAN
 
 _TRAIN, _VAL, _BASE = "#9fb8d9", "#d95f02", "#6b7280"
-_WINDOW = 5
+WINDOW = 5
+"""Steps that the smoothed lines are a mean of."""
 
 
 def draw_reward_curve(
@@ -33,7 +34,7 @@ def draw_reward_curve(
     if train:
         steps, rewards = zip(*train, strict=True)
         axes.plot(steps, rewards, color=_TRAIN, linewidth=1, label="training, each step")
-        axes.plot(steps, _smoothed(rewards), color="#1f5fa8", linewidth=2, label=f"training, mean of {_WINDOW} steps")
+        axes.plot(steps, smoothed(rewards), color="#1f5fa8", linewidth=2, label=f"training, mean of {WINDOW} steps")
     if val:
         steps, rewards = zip(*val, strict=True)
         axes.plot(steps, rewards, color=_VAL, linewidth=2, marker="o", markersize=6, label="validation")
@@ -64,7 +65,7 @@ def draw_reward_curve(
     return True
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Return the mean of each value and up to four before it."""
-    windows = [values[max(0, end - _WINDOW) : end] for end in range(1, len(values) + 1)]
+    windows = [values[max(0, end - WINDOW) : end] for end in range(1, len(values) + 1)]
     return [sum(window) / len(window) for window in windows]

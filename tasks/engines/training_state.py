@@ -23,6 +23,7 @@ MAY_CHANGE = frozenset(
         "prefect_rollouts",
         "keep_checkpoints",
         "bootstrap_samples",
+        "price_per_device_hour",
     }
 )
 

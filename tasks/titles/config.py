@@ -96,7 +96,9 @@ class Profile(BaseModel):
     packed_sequence_length: int | None = Field(
         None, description="ART: tokens per packed training sequence; unset: rounded up to a multiple of 2,048"
     )
-    trl: TrlSettings = Field(default_factory=TrlSettings, description="settings of TRL's trainer alone")
+    trl: TrlSettings = Field(
+        default_factory=lambda: TrlSettings.model_validate({}), description="settings of TRL's trainer alone"
+    )
     devices: int = Field(1, ge=1, description="GPUs that training computes on; the CPU counts as one")
     price_per_device_hour: float = Field(0.0, ge=0, description="money that a device costs an hour, in any currency")
 

@@ -17,6 +17,9 @@ from tasks.titles.errors import CheckpointError, DataError
 
 Item = TypeVar("Item")
 
+VALIDATION_STEP = 0
+"""The step in the seeds of validation titles: every checkpoint of a run draws with the same ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
@@ -35,17 +38,19 @@ class Cursor:
     def next_batch(self, stories: Sequence[Item], groups_per_step: int) -> tuple[list[Item], Cursor]:
         """Return the next stories and the cursor after them.
 
-        A batch never reaches into the next epoch: the last one of an epoch is shorter where the numbers
-        do not divide. Each story thus comes once per epoch, and none twice within a step.
+        A batch always has `groups_per_step` stories (all of them where there are fewer) and never reaches into
+        the next epoch: what an epoch has left over at its end is not used in it, and comes at another place of
+        the next one's order. Each story thus comes at most once per epoch, and none twice within a step.
 
         Raises `DataError` where there are no stories.
         """
         if not stories:
             raise DataError("There are no training stories to draw a batch from.")
+        size = min(groups_per_step, len(stories))
         order = epoch_order(self.seed, self.epoch, len(stories))
-        end = min(self.index + groups_per_step, len(stories))
+        end = self.index + size
         batch = [stories[place] for place in order[self.index : end]]
-        if end == len(stories):
+        if end + size > len(stories):
             return batch, replace(self, epoch=self.epoch + 1, index=0)
         return batch, replace(self, index=end)
 

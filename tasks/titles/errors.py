@@ -57,6 +57,9 @@ class ServiceRejected(ServiceError):
 class UnreadableVerdict(ServiceError):
     """The validator answered neither True nor False."""
 
+    neither: float | None = None
+    """The share of probability on other words than these two, where the validator's probabilities are known."""
+
 
 class RunStopped(HnTitlesError):
     """Training stopped itself; the message is the reason."""

@@ -42,8 +42,8 @@ class Rollout:
     title: str
     """Without blanks around it; `choice` holds what was sampled."""
     messages: tuple[dict[str, str], ...]
-    choice: Choice
-    """The policy's answer with a log-probability per sampled token."""
+    choice: Choice | None
+    """The policy's answer with a log-probability per sampled token; None where the engine itself keeps the tokens."""
     reward: float
     score: float
     verdict: bool
@@ -51,6 +51,8 @@ class Rollout:
     """Characters of the title."""
     reward_model_version: str
     seconds: float
+    written: float
+    """`time.monotonic()` when the title was there, and judging began."""
     tokens: int
     """Sampled tokens."""
 
@@ -165,6 +167,7 @@ class Roller:
                 seed=sampling.seed(prompt.story.id, generation),
                 logprobs=True,
             )
+            written = time.monotonic()
             if choice.logprobs is None or not choice.logprobs.content:
                 unusable = ServiceRejected(
                     "The policy answered without log-probabilities, which training needs: the server must "
@@ -191,6 +194,7 @@ class Roller:
             length=len(title),
             reward_model_version=version,
             seconds=time.monotonic() - started,
+            written=written,
             tokens=tokens,
         )
 

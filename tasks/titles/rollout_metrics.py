@@ -33,6 +33,8 @@ def train_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         names.TRAIN_LENGTH: statistics.fmean(rollout.length for rollout in rollouts),
         names.TRAIN_EMPTY_TITLES: statistics.fmean(rollout.empty for rollout in rollouts),
         names.TRAIN_DISTINCT_TITLES: distinct_share([[rollout.title for rollout in g.rollouts] for g in groups]),
+        names.TRAIN_TRAJECTORIES: float(len(rollouts)),
+        names.TRAIN_TOKENS: float(tokens_of(groups)),
         names.TRAIN_TRAJECTORIES_DROPPED: float(sum(len(group.failures) for group in groups)),
         names.TRAIN_GROUPS_SUBMITTED: float(counts.submitted),
         names.TRAIN_GROUPS_TRAINABLE: float(counts.trainable),
@@ -64,6 +66,21 @@ def val_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def tokens_of(groups: Sequence[RolloutGroup]) -> int:
     """Return how many tokens were sampled."""
     return sum(rollout.tokens for group in groups for rollout in group.rollouts)
+
+
+def why_nothing(groups: Sequence[RolloutGroup], batches: int) -> str:
+    """Return why a number of batches in a row had nothing to train on."""
+    counts = count_groups([rewards_of(group) for group in groups])
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    unsupported = sum(not rollout.verdict for rollout in rollouts)
+    empty = sum(rollout.empty for rollout in rollouts)
+    return (
+        f"{batches} batches in a row had nothing to train on: of {counts.submitted} groups {counts.without_spread} had "
+        f"rewards that are all alike and {counts.dropped} had fewer than two titles; {unsupported} of "
+        f"{len(rollouts)} titles were unsupported, {empty} of them blank. If the titles of a group are all alike or "
+        "all unsupported, the base model or the learning rate is at fault; a larger group_size gives more spread, "
+        "max_empty_batches more patience."
+    )
 
 
 def _scores(rollouts: Sequence[Rollout]) -> list[float]:

@@ -41,6 +41,8 @@ class RunRecord:
     state: State = "training"
     mlflow_run_id: str | None = None
     mlflow_experiment_id: str | None = None
+    peak_memory_mb: float | None = None
+    """Of training: the highest sum over all processes, in 10⁶ bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def report_page(self) -> Path:
+        """Where a comparison's report goes."""
+        return self.path / "report.html"
+
+    @property
     def log_path(self) -> Path:
         """Where everything that is not for the terminal goes."""
         return self.path / "run.log"
@@ -76,6 +83,11 @@ class RunDirectory:
         record = replace(self.record(), **changes)
         write_json(self.path / "run.json", asdict(record))
         return record
+
+    @property
+    def trained(self) -> bool:
+        """Whether training has come to its last step."""
+        return self.record().state != "training"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -137,7 +149,7 @@ def open_run(
         write_json(path / "profile.json", profile.model_dump(mode="json"))
         return RunDirectory(path, profile, resumed=True)
     if not fresh:
-        for run in _newest_first(runs_dir):
+        for run in newest_first(runs_dir):
             if run.profile == profile and _ORDER.index(run.record().state) < _ORDER.index(until):
                 return run
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -159,7 +171,7 @@ def find_run(
     `overrides` apply to the profile that is returned, not to the one in the folder. Raises `DataError`
     where there is no such run.
     """
-    runs = _newest_first(runs_dir)
+    runs = newest_first(runs_dir)
     for run in runs:
         if run_name in (None, run.name) and (run_name is not None or profile_name in (None, run.profile.name)):
             return replace(run, profile=override_profile(run.profile, overrides))
@@ -192,12 +204,12 @@ def _initialise(path: Path, profile: Profile) -> RunDirectory:
 def _read_record(path: Path) -> RunRecord:
     try:
         values = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return RunRecord(**{name: values[name] for name in RunRecord.__slots__})
-    except (OSError, ValueError, KeyError) as error:
+        return RunRecord(**{name: values[name] for name in RunRecord.__slots__ if name in values})
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path / 'run.json'} cannot be read as a run's record: {error}") from error
 
 
-def _newest_first(runs_dir: Path) -> list[RunDirectory]:
+def newest_first(runs_dir: Path) -> list[RunDirectory]:
     """Return the runs whose profile this version can read, by time of creation."""
     runs = []
     for file in runs_dir.glob("*/run.json"):

@@ -11,29 +11,19 @@ from typing import Any
 
 import httpx
 import pytest
-from training_parts import profile, prompts, request
+from training_parts import open_tracker, profile, prompts, request, tracking_uri
 
 from reward_server.client import RewardClient
 from tasks.engines.art_loop import train
-from tasks.engines.art_resume import checkpoints_folder, journal_of, stored_state
 from tasks.engines.art_session import ArtSession, check_art_settings, gpu_config, open_session, server_config
 from tasks.engines.contract import Progress, TrainingRequest, TrainingResult
+from tasks.engines.resume import checkpoints_folder, journal_of, stored_state
 from tasks.engines.tracker import MlflowTracker
 from tasks.titles import metric_names as names
 from tasks.titles.config import load_profile
 from tasks.titles.errors import CheckpointError, ConfigError, DataError, NothingToTrainOn, TooManyFailures
 from tasks.titles.group_statistics import JUDGE_NOISE
 from tasks.titles.rollout import Roller, Sampling
-
-
-def open_tracker(asked: TrainingRequest) -> MlflowTracker:
-    state = stored_state(asked.run_dir)
-    return MlflowTracker.open(
-        asked.profile,
-        run_name=asked.run_name,
-        tracking_uri=f"sqlite:///{asked.run_dir}/mlflow.db",
-        resume_run_id=state.mlflow_run_id if state else None,
-    )
 
 
 async def run(asked: TrainingRequest, **options: Any) -> TrainingResult:
@@ -86,13 +76,13 @@ async def test_three_steps(trained_dir: Path, reward_server_url: str) -> None:
 
 async def test_a_complete_training_returns_its_result_from_disk(trained_dir: Path, reward_server_url: str) -> None:
     asked = request(trained_dir, reward_server_url, max_steps=3)
-    before = {path: path.stat().st_mtime_ns for path in checkpoints_folder(trained_dir).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in checkpoints_folder(trained_dir, "art").rglob("*")}
     rows = journal_of(trained_dir).rows()
-    state = stored_state(trained_dir)
+    state = stored_state(trained_dir, "art")
     result = await run(asked)
     assert state is not None
     assert (result.steps, result.best_step, result.seconds) == (3, state.best_step, state.seconds)
-    assert {path: path.stat().st_mtime_ns for path in checkpoints_folder(trained_dir).rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in checkpoints_folder(trained_dir, "art").rglob("*")} == before
     assert journal_of(trained_dir).rows() == rows
 
 
@@ -106,7 +96,7 @@ async def test_mlflow_holds_every_metric_once(trained_dir: Path, reward_server_u
 
 async def test_another_mlflow_run_is_refused(trained_dir: Path, reward_server_url: str) -> None:
     asked = request(trained_dir, reward_server_url, max_steps=3)
-    other = MlflowTracker.open(asked.profile, run_name="other", tracking_uri=f"sqlite:///{trained_dir}/mlflow.db")
+    other = MlflowTracker.open(asked.profile, run_name="other", tracking_uri=tracking_uri(trained_dir))
     async with open_session(asked) as (session, state):
         with pytest.raises(CheckpointError, match=other.run_id):
             await train(asked, session=session, state=state, tracker=other)
@@ -156,7 +146,7 @@ async def test_a_dead_reward_server_stops_the_run_with_the_reason(tmp_path: Path
     with pytest.raises(TooManyFailures, match="reward model: ServiceUnavailable"):
         await run(asked)
     # Nothing was committed, so the next try starts afresh.
-    assert stored_state(asked.run_dir) is None
+    assert stored_state(asked.run_dir, "art") is None
     assert journal_of(asked.run_dir).rows() == {}
 
 
@@ -168,7 +158,7 @@ async def test_nothing_to_train_on_stops_the_run_with_the_reason(
     asked = request(tmp_path / "run", reward_server_url, max_empty_batches=2, group_size=2, val_stories=1)
     with pytest.raises(NothingToTrainOn, match="2 batches in a row had nothing to train on: of 4 groups"):
         await run(asked)
-    state = stored_state(asked.run_dir)
+    state = stored_state(asked.run_dir, "art")
     assert state is not None
     assert state.cursor.step == 0
 

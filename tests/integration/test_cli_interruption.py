@@ -29,15 +29,16 @@ SETTINGS = (
     "max_completion_tokens=16",
 )
 COMMAND = ["train", "--profile", "starter.toml", *(part for setting in SETTINGS for part in ("--set", setting))]
+ENGINES = [("art", signal.SIGINT), ("trl", signal.SIGTERM)]
 MARK = "HN_TITLES_TEST_RUN"
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, engine: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "prefect"), MARK: str(folder)}
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "REWARD_MODEL_URL", "RUNS_DIR"):
         environment.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *COMMAND],
+        [sys.executable, "-m", "flows.cli", *COMMAND, "--engine", engine],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -75,37 +76,41 @@ def wait_until_none_is_left(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "runs" / "starter-art-1" / "run.json").read_text())
+@pytest.mark.parametrize(("engine", "interruption"), ENGINES)
+def test_interrupted_then_killed_then_finished_in_one_run(
+    tmp_path: Path, engine: str, interruption: signal.Signals
+) -> None:
+    run = f"starter-{engine}-1"
 
+    def record() -> dict[str, Any]:
+        return json.loads((tmp_path / "runs" / run / "run.json").read_text())
 
-def test_interrupted_then_killed_then_finished_in_one_run(tmp_path: Path) -> None:
     shutil.copy(PROFILES_DIR / "starter.toml", tmp_path)
-    first = start(tmp_path)
+    first = start(tmp_path, engine)
     read_until(first, "training steps: 1/3")
     assert len(processes_of(tmp_path)) >= 3, "Prefect's server and the reward server run beside the command"
-    first.send_signal(signal.SIGINT)
+    first.send_signal(interruption)
     told, _ = first.communicate(timeout=120)
     assert first.returncode == 130, told
-    assert "Run starter-art-1 continues with the same command." in told and "Traceback" not in told
+    assert f"Run {run} continues with the same command." in told and "Traceback" not in told
     wait_until_none_is_left(tmp_path)
-    run_id = record(tmp_path)["mlflow_run_id"]
+    run_id = record()["mlflow_run_id"]
     client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     assert client.get_run(run_id).info.status == "KILLED"
 
-    second = start(tmp_path)
-    read_until(second, "Continuing run starter-art-1")
+    second = start(tmp_path, engine)
+    read_until(second, f"Continuing run {run}")
     read_until(second, "training steps: 2/3")
     second.kill()
     second.communicate(timeout=60)
     # Nobody was left to stop the servers: they notice by themselves.
     wait_until_none_is_left(tmp_path)
 
-    third = start(tmp_path)
+    third = start(tmp_path, engine)
     told, _ = third.communicate(timeout=300)
     assert third.returncode == 0, told
-    assert told.splitlines()[-1] == "runs/starter-art-1"
-    assert (record(tmp_path)["state"], record(tmp_path)["mlflow_run_id"]) == ("trained", run_id)
+    assert told.splitlines()[-1] == f"runs/{run}"
+    assert (record()["state"], record()["mlflow_run_id"]) == ("trained", run_id)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert [row.step for row in client.get_metric_history(run_id, "train/reward")] == [1, 2, 3]
     wait_until_none_is_left(tmp_path)

@@ -6,26 +6,20 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
-import art
 import pytest
 import torch
-from art._backend_training import build_rl_train_configs
-from art.preprocessing.pack import PackedTensors
-from cpu_parts import choice, load_base, load_tokenizer, load_with_adapter, make_trainer, plain_logprobs, random_ids
+from cpu_parts import load_base, load_tokenizer, load_with_adapter, make_trainer, plain_logprobs, random_ids
+from gradient_parts import UNCLIPPED, Title, gradients, pack, train
 from peft import PeftModel
 
-from tasks.engines.cpu.backend import CpuBackend
 from tasks.engines.cpu.cores import Cores
 from tasks.engines.cpu.settings import CpuSettings
 from tasks.engines.cpu.trainer import Trainer
-from tasks.starter.paths import BASE_MODEL
 from tasks.titles.errors import CheckpointError, ConfigError, RunStopped
 
-UNCLIPPED = CpuSettings(max_grad_norm=1e9)
 BODIES = ("A queue that needs less memory.", "Seven engineers left Corvane in May, says the report.", "Short.")
 DISTURBANCE = 0.02
 
@@ -37,61 +31,20 @@ def cores() -> Iterator[Cores]:
     cores.close()
 
 
-class Title:
-    """One trajectory: its tokens, what the sampler said of them, and its reward."""
-
-    def __init__(self, rng: random.Random, body: str) -> None:
-        self.messages = [{"role": "system", "content": "Write a title."}, {"role": "user", "content": body}]
-        self.tokens = [*random_ids(rng, rng.randrange(1, 12)), 2047]
+def random_title(rng: random.Random, body: str) -> Title:
+    tokens = [*random_ids(rng, rng.randrange(1, 12)), 2047]
+    return Title(
+        messages=[{"role": "system", "content": "Write a title."}, {"role": "user", "content": body}],
+        tokens=tokens,
         # Far from the policy in both directions, so that ratios lie on both sides of 1 and beyond the clip at 5.
-        self.logprobs = [rng.uniform(-12.0, -2.0) for _ in self.tokens]
-        self.reward = rng.uniform(-1.0, 3.0)
+        logprobs=[rng.uniform(-12.0, -2.0) for _ in tokens],
+        reward=rng.uniform(-1.0, 3.0),
+    )
 
 
 def make_groups(seed: int) -> list[list[Title]]:
     rng = random.Random(seed)
-    return [[Title(rng, body) for _ in range(4)] for body in BODIES]
-
-
-def pack(groups: list[list[Title]], path: Path, *, shared: bool = True, length: int = 160) -> PackedTensors:
-    """Pack with ART's own code, by way of the backend."""
-    backend = CpuBackend(path=str(path))
-    backend._supports_result_packing = shared
-    model = art.TrainableModel(name="run", project="tests", base_model=str(BASE_MODEL))
-    backend._image_processors[str(BASE_MODEL)] = None
-    packed = backend._get_packed_tensors(
-        model,
-        [
-            art.TrajectoryGroup(
-                [
-                    art.Trajectory(
-                        messages_and_choices=[*title.messages, choice(title.tokens, title.logprobs)],  # type: ignore[list-item]
-                        reward=title.reward,
-                    )
-                    for title in group
-                ]
-            )
-            for group in groups
-        ],
-        advantage_balance=0.0,
-        allow_training_without_logprobs=False,
-        scale_rewards=True,
-        plot_tensors=False,
-        packed_sequence_length=length,
-        logprob_calculation_chunk_size=1024,
-    )
-    assert packed is not None
-    return packed
-
-
-def train(
-    trainer: Trainer, packed: PackedTensors, *, learning_rate: float = 0.0, **options: Any
-) -> list[dict[str, float]]:
-    return list(trainer.train(packed, *build_rl_train_configs(learning_rate=learning_rate, **options)))
-
-
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: weight.grad.clone() for name, weight in trainer._trained.items() if weight.grad is not None}
+    return [[random_title(rng, body) for _ in range(4)] for body in BODIES]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:

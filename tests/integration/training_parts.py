@@ -1,13 +1,17 @@
-"""What the tests of training share: stories, a small profile and a request."""
+"""What the tests of training share: stories, a small profile, a request, and MLflow beside the run."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from tasks.engines.contract import TrainingRequest
+from tasks.engines.contract import TrainingRequest, TrainingResult
+from tasks.engines.resume import stored_state
+from tasks.engines.tracker import MlflowTracker
+from tasks.engines.trl_engine import launch
 from tasks.starter.paths import BASE_MODEL
 from tasks.starter.world import generate_stories
 from tasks.titles.config import Profile, parse_profile
@@ -61,3 +65,31 @@ def request(run_dir: Path, reward_model_url: str, **changes: Any) -> TrainingReq
         val=prompts("val", own.val_stories),
         reward_model_url=reward_model_url,
     )
+
+
+def tracking_uri(run_dir: Path) -> str:
+    return f"sqlite:///{run_dir}/mlflow.db"
+
+
+def open_tracker(asked: TrainingRequest) -> MlflowTracker:
+    """Start the run's MLflow run, or reopen the one that it has."""
+    state = stored_state(asked.run_dir, asked.profile.engine)
+    return MlflowTracker.open(
+        asked.profile,
+        run_name=asked.run_name,
+        tracking_uri=tracking_uri(asked.run_dir),
+        resume_run_id=state.mlflow_run_id if state else None,
+    )
+
+
+async def train_with_trl(asked: TrainingRequest, **options: Any) -> TrainingResult:
+    """Train as the flow does, from where the run stands to its end."""
+    tracker = open_tracker(asked)
+    result = await launch.train(asked, tracker=tracker, **options)
+    tracker.finish("FINISHED")
+    return result
+
+
+def titles_of(run_dir: Path, kind: str, step: int) -> list[dict[str, Any]]:
+    """Return the titles of a validated step, or those that it was trained on (`rollouts`)."""
+    return json.loads((run_dir / kind / f"{step:04d}.json").read_text())

@@ -1,4 +1,4 @@
-"""The data cursor: every story once per epoch, and a resumed run sees what a straight one sees."""
+"""The data cursor: no story twice in an epoch, and a resumed run sees what a straight one sees."""
 
 import json
 
@@ -23,7 +23,9 @@ def draw(cursor: Cursor, stories: list[str], size: int, batches: int) -> tuple[l
 
 
 @given(seeds, counts, batch_sizes, st.integers(1, 3))
-def test_every_story_comes_once_per_epoch(seed: int, count: int, size: int, epochs: int) -> None:
+def test_no_story_comes_twice_in_an_epoch_and_every_batch_is_full(
+    seed: int, count: int, size: int, epochs: int
+) -> None:
     stories = [f"story-{number}" for number in range(count)]
     cursor = Cursor(seed=seed, fingerprint="f")
     for epoch in range(epochs):
@@ -31,9 +33,9 @@ def test_every_story_comes_once_per_epoch(seed: int, count: int, size: int, epoc
         drawn: list[str] = []
         while cursor.epoch == epoch:
             batch, cursor = cursor.next_batch(stories, size)
-            assert 1 <= len(batch) <= size
+            assert len(batch) == min(size, count)
             drawn += batch
-        assert sorted(drawn) == sorted(stories)
+        assert len(set(drawn)) == len(drawn) > count - size
 
 
 @given(seeds, counts, batch_sizes, st.integers(0, 15), st.integers(0, 15))
@@ -67,7 +69,7 @@ def test_order_is_pinned() -> None:
 
 def test_only_a_policy_update_is_a_step() -> None:
     cursor = Cursor(seed=1, fingerprint="f")
-    _, moved = cursor.next_batch(["a", "b", "c"], 2)
+    _, moved = cursor.next_batch(["a", "b", "c", "d"], 2)
     assert (moved.step, moved.index) == (0, 2)
     assert moved.stepped().step == 1
 

@@ -192,6 +192,14 @@ async def test_both_judges_are_asked_at_the_same_time(server: ScriptedServer) ->
     assert seen == [True, True]
 
 
+async def test_a_title_is_written_before_it_is_judged(server: ScriptedServer) -> None:
+    server.delay_s = 0.1
+    before = time.monotonic()
+    [group] = await roll(server, size=1)
+    # The policy and, after it, the judges each take the delay.
+    assert before + 0.1 <= group.rollouts[0].written <= time.monotonic() - 0.1
+
+
 async def test_concurrency_is_bounded(server: ScriptedServer) -> None:
     server.delay_s = 0.05
     await roll(server, size=12, concurrency=3)

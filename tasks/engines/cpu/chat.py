@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+
+from tasks.titles.errors import ConfigError
 
 
 class ControlToken(ValueError):
@@ -56,3 +58,11 @@ class ChatTokenizer:
             str,
             self._tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
         )
+
+
+def end_of_turn(generation_config: Any) -> list[int]:
+    """Return the tokens that end an answer; raise `ConfigError` for a model that names none."""
+    ends = generation_config.eos_token_id
+    if ends is None:
+        raise ConfigError("The base model's generation_config.json names no eos_token_id: an answer would never end.")
+    return list(ends) if isinstance(ends, list) else [ends]

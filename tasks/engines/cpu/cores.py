@@ -21,14 +21,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    # macOS knows no affinity; where there is one, a container may have been given fewer cores.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Cores:
     """A fixed number of threads for independent pieces of work."""
 
     def __init__(self, count: int | None = None) -> None:
         """Use `count` cores, or all that this process may run on."""
-        # macOS knows no affinity; where there is one, a container may have been given fewer cores.
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.count = count or usable
+        self.count = count or usable_cores()
         self._pool = ThreadPoolExecutor(self.count, "core", use_one_core)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

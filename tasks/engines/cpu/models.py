@@ -45,6 +45,8 @@ class ServedModels:
         self._base_names = ("base", base_name)
         self._run_name = run_name
         self._checkpoints = checkpoints
+        self._elsewhere: dict[int, Path] = {}
+        """Folders of steps that do not lie in `checkpoints`."""
         self._limit = adapters_in_memory
         self._lock = threading.Lock()
         self._base_decoder = Decoder(decoder_weights(base, config))
@@ -62,12 +64,13 @@ class ServedModels:
 
     def names(self) -> list[str]:
         """Return every name that answers now."""
-        return [*self._base_names, *(f"{self._run_name}@{step}" for step in steps_on_disk(self._checkpoints))]
+        steps = sorted({*steps_on_disk(self._checkpoints), *self._elsewhere})
+        return [*self._base_names, *(f"{self._run_name}@{step}" for step in steps)]
 
     def check(self, name: str) -> None:
         """Raise `UnknownModel` where `name` is neither the base model nor a checkpoint on disk."""
         step = self._step(name)
-        if step is not None and step not in self._adapters and not step_folder(self._checkpoints, step).is_dir():
+        if step is not None and step not in self._adapters and not self._folder(step).is_dir():
             raise self._unknown(name)
 
     def decoder(self, name: str) -> Decoder:
@@ -80,7 +83,7 @@ class ServedModels:
             return self._base_decoder
         with self._lock:
             if step not in self._adapters:
-                folder = step_folder(self._checkpoints, step)
+                folder = self._folder(step)
                 if not folder.is_dir():
                     raise self._unknown(name)
                 self._adapters[step] = Decoder(decoder_weights(merge_adapter(self._base, folder), self._config))
@@ -90,10 +93,15 @@ class ServedModels:
                 self._adapters.popitem(last=False)
             return self._adapters[step]
 
-    def load_step(self, step: int) -> None:
-        """Read checkpoint `step` again, also where an older one of that number is in memory."""
+    def load_step(self, step: int, folder: Path | None = None) -> None:
+        """Read checkpoint `step` again, also where an older one of that number is in memory.
+
+        `folder` is where it lies, if not among the run's own checkpoints.
+        """
         with self._lock:
             self._adapters.pop(step, None)
+            if folder is not None and folder.resolve() != step_folder(self._checkpoints, step).resolve():
+                self._elsewhere[step] = folder
         self.decoder(f"{self._run_name}@{step}")
 
     def retain(self, steps: Collection[int]) -> None:
@@ -101,6 +109,9 @@ class ServedModels:
         with self._lock:
             for step in set(self._adapters) - set(steps):
                 del self._adapters[step]
+
+    def _folder(self, step: int) -> Path:
+        return self._elsewhere.get(step, step_folder(self._checkpoints, step))
 
     def _step(self, name: str) -> int | None:
         """Return the checkpoint's step, or None for the base model."""

@@ -12,10 +12,7 @@ import torch
 
 from tasks.engines.cpu.cores import Cores
 from tasks.engines.cpu.decoder import Branches, Decoder
-
-SHARED_SHARE = 0.5
-"""Prompts share a prefix only where it is at least this share of each of them: two articles under one
-system message have little in common, and short pieces make slow matrix products."""
+from tasks.titles.prefixes import best_runs, common_prefix
 
 
 @dataclass(frozen=True)
@@ -211,48 +208,8 @@ class Cluster:
 
 
 def share_prefixes(prompts: dict[tuple[int, ...], int]) -> list[Cluster]:
-    """Group prompts (with how many completions each has) so that the fewest tokens are computed.
-
-    In sorted order the prompts with the longest common prefixes are neighbours, so the best grouping
-    is a division of that order into runs; dynamic programming finds it. A prompt that stays alone is
-    read once for all its completions; in a run of several each completion reads its own rest.
-    """
+    """Group prompts (with how many completions each has) so that the fewest tokens are computed."""
     ordered = sorted(prompts)
-    if not ordered:
-        return []
-    common = [_common(left, right) for left, right in pairwise(ordered)]
-    best: list[tuple[int, int]] = [(0, 0)]
-    for end in range(1, len(ordered) + 1):
-        options = [(best[end - 1][0] + len(ordered[end - 1]), end - 1)]
-        shared = least = longest = len(ordered[end - 1])
-        rests = prompts[ordered[end - 1]] * shared
-        completions = prompts[ordered[end - 1]]
-        for start in range(end - 2, -1, -1):
-            prompt = ordered[start]
-            least, longest = min(least, len(prompt)), max(longest, len(prompt))
-            # Every prompt keeps a token of its own: its logits decide the first token.
-            shared = min(shared, common[start], least - 1)
-            if shared < SHARED_SHARE * longest or shared < 1:
-                break
-            rests += prompts[prompt] * len(prompt)
-            completions += prompts[prompt]
-            options.append((best[start][0] + shared + rests - completions * shared, start))
-        best.append(min(options))
-    clusters = []
-    end = len(ordered)
-    while end:
-        start = best[end][1]
-        members = tuple(ordered[start:end])
-        shared = len(members[0])
-        if len(members) > 1:
-            shared = min(*common[start : end - 1], *(len(prompt) - 1 for prompt in members))
-        clusters.append(Cluster(members, shared))
-        end = start
-    return clusters
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    for place, (one, other) in enumerate(zip(left, right, strict=False)):
-        if one != other:
-            return place
-    return min(len(left), len(right))
+    common = [common_prefix(left, right) for left, right in pairwise(ordered)]
+    runs = best_runs([len(prompt) for prompt in ordered], common, [prompts[prompt] for prompt in ordered])
+    return [Cluster(tuple(ordered[run.start : run.end]), run.shared) for run in runs]

@@ -16,7 +16,7 @@ from art.types import TrainConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks.engines.checkpoints import step_folder, steps_on_disk, write_checkpoint
-from tasks.engines.cpu.chat import ChatTokenizer
+from tasks.engines.cpu.chat import ChatTokenizer, end_of_turn
 from tasks.engines.cpu.cores import Cores, use_one_core
 from tasks.engines.cpu.models import ServedModels
 from tasks.engines.cpu.server import HOST, HttpServer, build_app
@@ -77,7 +77,7 @@ class CpuService:
         )
         models.load_step(self._last_step())
         self._worker = SamplingWorker(models, self._compute, self._cores)
-        chat = ChatTokenizer(AutoTokenizer.from_pretrained(self._base_model), _end_of_turn(base.generation_config))
+        chat = ChatTokenizer(AutoTokenizer.from_pretrained(self._base_model), end_of_turn(base.generation_config))
         server = HttpServer(
             build_app(models, self._worker, chat, api_key=server_args.get("api_key")), server_args.get("port") or 0
         )
@@ -119,8 +119,8 @@ class CpuService:
         yield {}
 
     async def register_lora_for_step(self, step: int, checkpoint_dir: str) -> None:
-        """Serve a checkpoint that ART itself has put in place."""
-        await self._computed(self._opened(self._models).load_step, step)
+        """Serve the adapter in `checkpoint_dir` as that of `step`: a checkpoint of this run, or one of another's."""
+        await self._computed(self._opened(self._models).load_step, step, Path(checkpoint_dir))
 
     async def prune_loaded_adapters(self, *, retain_steps: Collection[int]) -> None:
         """Let go of adapters in memory; their checkpoints stay and are read again when asked for."""
@@ -166,11 +166,3 @@ class CpuService:
         if part is None:
             raise RuntimeError("The CPU service is not open: call `start_openai_server` first.")
         return part
-
-
-def _end_of_turn(generation_config: Any) -> list[int]:
-    """Return the tokens that end an answer."""
-    ends = generation_config.eos_token_id
-    if ends is None:
-        raise ConfigError("The base model's generation_config.json names no eos_token_id: an answer would never end.")
-    return list(ends) if isinstance(ends, list) else [ends]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -18,19 +17,15 @@ from art.preprocessing.inputs import TrainInputs, create_train_inputs
 from art.preprocessing.pack import PackedTensors
 from art.types import TrainConfig
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.save_and_load import set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from tasks.engines.adapter_files import load_training, save_training, trained_weights
 from tasks.engines.cpu.cores import Cores
 from tasks.engines.cpu.settings import CpuSettings
-from tasks.titles.errors import CheckpointError, ConfigError, RunStopped
+from tasks.titles.errors import ConfigError, RunStopped
 
 logger = logging.getLogger(__name__)
 
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-OPTIMIZER, OPTIMIZER_FACTS = "optimizer.safetensors", "optimizer.json"
 PADDING_GROUP = -1
 """What ART's packing writes into `group_ids` behind the last token of a sequence."""
 
@@ -57,63 +52,24 @@ class Trainer:
             )
         # No dropout anywhere: the trainer's log-probabilities are to be the sampler's.
         self._model.eval()
-        self._trained = {name: weight for name, weight in self._model.named_parameters() if weight.requires_grad}
-        self._optimizer = self._new_optimizer()
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
+        self._trained = trained_weights(self._model)
         # The learning rate comes with each call of `train`.
-        return torch.optim.AdamW(
-            list(self._trained.values()),
-            lr=0.0,
-            betas=self._settings.betas,
-            weight_decay=self._settings.weight_decay,
+        self._optimizer = torch.optim.AdamW(
+            list(self._trained.values()), lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
     def save(self, folder: Path) -> None:
         """Write adapter (PEFT's form) and optimiser state into `folder`; nothing is pickled."""
-        self._model.save_pretrained(str(folder))
-        tensors = {
-            f"{name}/{key}": value
-            for name, weight in self._trained.items()
-            for key, value in self._optimizer.state.get(weight, {}).items()
-        }
-        save_file(tensors, folder / OPTIMIZER)
         facts = {"name": "AdamW", "betas": list(self._settings.betas), "weight_decay": self._settings.weight_decay}
-        (folder / OPTIMIZER_FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        save_training(self._model, self._optimizer, folder, facts)
 
     def load(self, folder: Path) -> None:
         """Take adapter and optimiser state from a checkpoint.
 
         Raises `CheckpointError` where they are missing or are those of another adapter.
         """
-        try:
-            config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-            adapter = load_file(folder / ADAPTER)
-            tensors = load_file(folder / OPTIMIZER)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"The checkpoint {folder} cannot be read: {error}") from error
-        wanted = {"r": self._settings.lora_rank, "lora_alpha": self._settings.lora_alpha}
-        found = {key: config.get(key) for key in wanted}
-        if found != wanted:
-            raise CheckpointError(
-                f"{folder} holds an adapter with {found}, but the profile asks for {wanted}. "
-                "Resume with the settings that the run began with, or start it under another name."
-            )
-        outcome: Any = set_peft_model_state_dict(self._model, adapter)
-        missing = [key for key in outcome.missing_keys if "lora_" in key]
-        if missing or outcome.unexpected_keys:
-            raise CheckpointError(
-                f"{folder} holds the adapter of another model: {(missing + outcome.unexpected_keys)[:3]}"
-            )
-        self._optimizer = self._new_optimizer()
-        for name, weight in self._trained.items():
-            state = {
-                key: tensors[f"{name}/{key}"].clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}/{key}" in tensors
-            }
-            if state:
-                self._optimizer.state[weight] = state
+        rank, alpha = self._settings.lora_rank, self._settings.lora_alpha
+        load_training(self._model, self._optimizer, folder, lora_rank=rank, lora_alpha=alpha)
 
     @torch.inference_mode()
     def logprobs(self, token_ids: list[int]) -> list[float]:

@@ -8,42 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from request_parts import prompts, request
 
-from tasks.engines.art_resume import checkpoints_folder, journal_of, prepare_to_continue, stored_state
 from tasks.engines.checkpoints import commit_checkpoint
 from tasks.engines.contract import TrainingRequest
+from tasks.engines.resume import checkpoints_folder, journal_of, prepare_to_continue, stored_state
 from tasks.engines.training_state import MAY_CHANGE, TrainingState, first_state
-from tasks.titles.config import Profile, parse_profile
+from tasks.titles.config import Profile
 from tasks.titles.errors import CheckpointError
-from tasks.titles.prompts import policy_messages
-from tasks.titles.story import Prompt, Story
-
-VALUES: dict[str, Any] = {
-    "name": "tests",
-    "train_stories": 5,
-    "val_stories": 2,
-    "test_stories": 1,
-    "max_prompt_tokens": 100,
-    "groups_per_step": 2,
-    "max_steps": 10,
-    "learning_rate": {"art": 1e-3, "trl": 1e-3},
-}
-
-
-def prompts(*ids: str) -> list[Prompt]:
-    return [Prompt(Story(i, "", None, "T", "", 20, "Body", "train"), policy_messages("Body"), 50) for i in ids]
-
-
-def request(run_dir: Path, **changes: Any) -> TrainingRequest:
-    return TrainingRequest(
-        profile=parse_profile({**VALUES, **changes}, source="tests"),
-        run_name="first",
-        run_dir=run_dir,
-        base_model="base",
-        train=prompts("a", "b", "c", "d", "e"),
-        val=prompts("v", "w"),
-        reward_model_url="http://127.0.0.1:1",
-    )
 
 
 def write_run(asked: TrainingRequest, *, complete: list[int], incomplete: list[int] = ()) -> TrainingState:
@@ -51,7 +23,7 @@ def write_run(asked: TrainingRequest, *, complete: list[int], incomplete: list[i
     state = first_state(asked, "mlflow-1")
     cursor = state.cursor
     for step in range(max([*complete, *incomplete]) + 1):
-        folder = checkpoints_folder(asked.run_dir) / f"{step:04d}"
+        folder = checkpoints_folder(asked.run_dir, "art") / f"{step:04d}"
         if step in complete or step in incomplete:
             folder.mkdir(parents=True)
             (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -64,7 +36,7 @@ def write_run(asked: TrainingRequest, *, complete: list[int], incomplete: list[i
 
 
 def test_a_fresh_run_has_no_state(tmp_path: Path) -> None:
-    assert stored_state(tmp_path) is None
+    assert stored_state(tmp_path, "art") is None
     assert prepare_to_continue(request(tmp_path)) is None
 
 
@@ -77,7 +49,7 @@ def test_a_state_survives_json(tmp_path: Path) -> None:
 def test_the_last_complete_checkpoint_is_continued(tmp_path: Path) -> None:
     asked = request(tmp_path)
     state = write_run(asked, complete=[0, 3, 4, 5])
-    assert prepare_to_continue(asked) == state == stored_state(tmp_path)
+    assert prepare_to_continue(asked) == state == stored_state(tmp_path, "art")
     assert state.cursor.step == 5
     assert state.mlflow_run_id == "mlflow-1"
 
@@ -85,12 +57,12 @@ def test_the_last_complete_checkpoint_is_continued(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_of_the_next_step_is_dropped(tmp_path: Path) -> None:
     asked = request(tmp_path)
     write_run(asked, complete=[0, 3, 4], incomplete=[5])
-    half_written = checkpoints_folder(tmp_path) / ".new-0006-x"
+    half_written = checkpoints_folder(tmp_path, "art") / ".new-0006-x"
     half_written.mkdir()
     state = prepare_to_continue(asked)
     assert state is not None
     assert state.cursor.step == 4
-    assert sorted(path.name for path in checkpoints_folder(tmp_path).iterdir()) == ["0000", "0003", "0004"]
+    assert sorted(path.name for path in checkpoints_folder(tmp_path, "art").iterdir()) == ["0000", "0003", "0004"]
     assert sorted(journal_of(tmp_path).rows()) == [0, 1, 2, 3, 4]
 
 
@@ -98,7 +70,7 @@ def test_a_kill_before_the_first_commit_starts_over(tmp_path: Path) -> None:
     asked = request(tmp_path)
     write_run(asked, complete=[], incomplete=[0])
     assert prepare_to_continue(asked) is None
-    assert not list(checkpoints_folder(tmp_path).iterdir())
+    assert not list(checkpoints_folder(tmp_path, "art").iterdir())
     assert journal_of(tmp_path).rows() == {}
 
 
@@ -111,10 +83,10 @@ def test_a_checkpoint_without_its_cursor_is_refused(
 ) -> None:
     asked = request(tmp_path)
     write_run(asked, complete=complete, incomplete=incomplete)
-    before = sorted(checkpoints_folder(tmp_path).iterdir())
+    before = sorted(checkpoints_folder(tmp_path, "art").iterdir())
     with pytest.raises(CheckpointError, match=rf"Checkpoint {named} .* has no cursor"):
         prepare_to_continue(asked)
-    assert sorted(checkpoints_folder(tmp_path).iterdir()) == before
+    assert sorted(checkpoints_folder(tmp_path, "art").iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -169,7 +141,7 @@ def test_what_may_change_are_settings() -> None:
 def test_a_cursor_file_with_a_part_missing_is_refused(tmp_path: Path, key: str) -> None:
     asked = request(tmp_path)
     write_run(asked, complete=[0, 1])
-    path = checkpoints_folder(tmp_path) / "0001" / "cursor.json"
+    path = checkpoints_folder(tmp_path, "art") / "0001" / "cursor.json"
     values = json.loads(path.read_text())
     del values[key]
     path.write_text(json.dumps(values))

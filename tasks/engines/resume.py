@@ -22,6 +22,7 @@ from tasks.engines.checkpoints import (
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.journal import Journal
 from tasks.engines.training_state import TrainingState, check_continues
+from tasks.titles.config import EngineName
 from tasks.titles.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -30,19 +31,22 @@ ART_PROJECT = "hn-titles"
 ART_MODEL = "policy"
 
 
-def art_folder(run_dir: Path) -> Path:
-    """Return the folder that ART's backend works in."""
-    return run_dir / "art"
+def engine_folder(run_dir: Path, engine: EngineName) -> Path:
+    """Return the folder that an engine works in: ART's backend keeps its own order in it."""
+    return run_dir / engine
 
 
-def checkpoints_folder(run_dir: Path) -> Path:
-    """Return where ART keeps checkpoints: one folder per step, its name the step in four digits."""
-    return art_folder(run_dir) / ART_PROJECT / "models" / ART_MODEL / "checkpoints"
+def checkpoints_folder(run_dir: Path, engine: EngineName) -> Path:
+    """Return where an engine keeps checkpoints: one folder per step, its name the step in four digits."""
+    folder = engine_folder(run_dir, engine)
+    if engine == "art":
+        folder = folder / ART_PROJECT / "models" / ART_MODEL
+    return folder / "checkpoints"
 
 
-def adapter_folder(run_dir: Path, step: int) -> Path:
+def adapter_folder(run_dir: Path, engine: EngineName, step: int) -> Path:
     """Return the folder of checkpoint `step`."""
-    return step_folder(checkpoints_folder(run_dir), step)
+    return step_folder(checkpoints_folder(run_dir, engine), step)
 
 
 def journal_of(run_dir: Path) -> Journal:
@@ -50,9 +54,9 @@ def journal_of(run_dir: Path) -> Journal:
     return Journal(run_dir / "metrics.jsonl")
 
 
-def stored_state(run_dir: Path) -> TrainingState | None:
+def stored_state(run_dir: Path, engine: EngineName) -> TrainingState | None:
     """Return what the last complete checkpoint remembers, or None for a run that has none. Changes nothing."""
-    folder = checkpoints_folder(run_dir)
+    folder = checkpoints_folder(run_dir, engine)
     step = latest_complete(folder)
     return None if step is None else TrainingState.from_json(read_cursor(step_folder(folder, step)))
 
@@ -60,13 +64,13 @@ def stored_state(run_dir: Path) -> TrainingState | None:
 def prepare_to_continue(request: TrainingRequest) -> TrainingState | None:
     """Bring the run's directory back to its last complete checkpoint and return its state, None for a fresh run.
 
-    Must come before ART looks at the folders: it takes the highest number for the current step.
+    Must come before an engine looks at the folders: ART takes the highest number for the current step.
 
     Raises `CheckpointError` for checkpoints of another run, and for checkpoints without a cursor that no
     kill can have left: nobody knows which stories they have seen.
     """
-    folder = checkpoints_folder(request.run_dir)
-    state = stored_state(request.run_dir)
+    folder = checkpoints_folder(request.run_dir, request.profile.engine)
+    state = stored_state(request.run_dir, request.profile.engine)
     if state is not None:
         check_continues(state, request)
     latest = state.cursor.step if state else -1

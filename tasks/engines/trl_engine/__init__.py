@@ -1,0 +1,1 @@
+"""Training with TRL's GRPOTrainer, in a process of its own."""

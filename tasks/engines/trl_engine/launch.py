@@ -1,0 +1,120 @@
+"""The flow's side of a training with TRL: starts the trainer's process, follows it, and ends it whatever happens.
+
+The process commits steps to the run's directory; this side reads them there and tells MLflow and whoever
+watches. So MLflow has one writer, and a step that was committed is told even where the process died after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+from tasks.engines.checkpoints import latest_complete
+from tasks.engines.context import context_tokens
+from tasks.engines.contract import ProgressListener, RunTracker, TrainingRequest, TrainingResult
+from tasks.engines.ledger import finish, tell, tell_all
+from tasks.engines.resume import checkpoints_folder, engine_folder, journal_of, prepare_to_continue, stored_state
+from tasks.engines.trl_engine.arguments import check_trl_settings, launch_command, trainer_environment
+from tasks.engines.trl_engine.request_file import write_request
+from tasks.titles import errors
+from tasks.titles.child_process import ChildProcess
+from tasks.titles.config import Settings
+from tasks.titles.errors import CheckpointError, DataError, HnTitlesError, RunStopped
+
+logger = logging.getLogger(__name__)
+
+LOG = "trainer.log"
+FAILURE = "failure.json"
+"""Where the trainer's process says why it stopped, in the engine's folder: `{"error": class name, "message": …}`."""
+_POLL_S = 0.25
+_LOG_LINES = 20
+
+
+async def train(
+    request: TrainingRequest, *, tracker: RunTracker, on_progress: ProgressListener | None = None
+) -> TrainingResult:
+    """Train up to `max_steps` in a process of its own, from the last complete checkpoint on where there is one.
+
+    Raises what stopped the training there (`RunStopped` and the others of the tree), and `RunStopped` with the
+    end of its log where the process died; everything up to the last committed step is kept.
+    """
+    profile = request.profile
+    check_trl_settings(profile, vllm_server_url=Settings().vllm_server_url)
+    context_tokens(request.base_model, profile)
+    if not request.train or not request.val:
+        raise DataError(
+            f"Training needs stories: got {len(request.train)} for training, {len(request.val)} to validate."
+        )
+    state = prepare_to_continue(request)
+    if state is not None and state.mlflow_run_id != tracker.run_id:
+        raise CheckpointError(
+            f"This run continues MLflow run {state.mlflow_run_id}, but the tracker was opened for {tracker.run_id}. "
+            "Open it with the stored id (`resume.stored_state`)."
+        )
+    tell_all(request, tracker)
+    if state is None or state.cursor.step < profile.max_steps:
+        told = state.cursor.step if state else -1
+        await _follow(request, tracker, on_progress, told)
+        state = stored_state(request.run_dir, "trl")
+    if state is None or state.cursor.step < profile.max_steps:
+        raise RunStopped(
+            f"The trainer's process ended without an error at step {state.cursor.step if state else None} of "
+            f"{profile.max_steps}. Look at {request.run_dir / LOG}; the same command continues."
+        )
+    return finish(request, tracker, state)
+
+
+async def _follow(
+    request: TrainingRequest, tracker: RunTracker, on_progress: ProgressListener | None, told: int
+) -> None:
+    """Run the process to its end and tell of every step after `told` as soon as it is committed."""
+    folder = engine_folder(request.run_dir, "trl")
+    (folder / FAILURE).unlink(missing_ok=True)
+    path = write_request(request, folder)
+    environment = {**os.environ, **trainer_environment(request.profile)}
+    # Set even where there is no key: it outranks one in `.env`.
+    environment["REWARD_MODEL_API_KEY"] = request.reward_model_api_key or ""
+    child = ChildProcess(
+        [*launch_command(request.profile, path), tracker.run_id],
+        log_path=request.run_dir / LOG,
+        environment=environment,
+    )
+    logger.info("TRL's trainer runs as process %d, log in %s", child.pid, request.run_dir / LOG)
+    try:
+        while True:
+            code = child.poll()
+            told = _tell_after(told, request, tracker, on_progress)
+            if code is not None:
+                break
+            await asyncio.sleep(_POLL_S)
+    finally:
+        await asyncio.shield(asyncio.to_thread(child.stop))
+    if code != 0:
+        raise _failure(code, folder / FAILURE, child.log_end(_LOG_LINES))
+
+
+def _tell_after(told: int, request: TrainingRequest, tracker: RunTracker, on_progress: ProgressListener | None) -> int:
+    committed = latest_complete(checkpoints_folder(request.run_dir, "trl"))
+    if committed is None or committed <= told:
+        return told
+    rows = journal_of(request.run_dir).rows()
+    for step in range(told + 1, committed + 1):
+        progress = tell(request, tracker, step, rows[step])
+        if on_progress is not None:
+            on_progress(progress)
+    return committed
+
+
+def _failure(code: int, file: Path, log_end: str) -> HnTitlesError:
+    """Return the error that the process left, or one of what is known of its death."""
+    try:
+        left = json.loads(file.read_text(encoding="utf-8"))
+        kind = getattr(errors, left["error"])
+        return kind(left["message"])  # type: ignore[no-any-return]
+    except (OSError, ValueError, KeyError, AttributeError):
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return RunStopped(f"TRL's trainer {how}; the same command continues from the last checkpoint.{log_end}")
