@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows.execute import Flow, execute, prepare_environment, program
+from tasks.titles.config import EngineName
 from tasks.titles.errors import HnTitlesError, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tasks.titles.comparison import Comparison
     from tasks.titles.run_directory import RunDirectory
     from tasks.titles.summary import Evaluation
 
@@ -51,6 +53,14 @@ SetOption = Annotated[
         help="Change one setting of the profile; may be repeated. A dot reaches into a table: learning_rate.art=1e-3.",
     ),
 ]
+EngineOption = Annotated[
+    EngineName | None,
+    typer.Option(
+        "--engine",
+        "-e",
+        help="What trains: art (our loop, OpenPipe ART) or trl (TRL's GRPOTrainer); else the profile's.",
+    ),
+]
 RunNameOption = Annotated[
     str | None,
     typer.Option(
@@ -75,6 +85,7 @@ def options(
 @app.command()
 def run(
     profile: ProfileOption = "starter",
+    engine: EngineOption = None,
     set_: SetOption = None,
     run_name: RunNameOption = None,
     fresh: FreshOption = False,
@@ -93,12 +104,13 @@ def run(
 
       hn-titles run --set stories=my_stories.parquet --set max_steps=20
     """
-    run_directory = _open_run(profile, set_, run_name, fresh, until="evaluated")
+    overrides = _with_engine(set_, engine)
+    run_directory = _open_run(profile, overrides, run_name, fresh, until="evaluated")
 
     def job() -> Flow:
         from flows.run import run_titles
 
-        return partial(run_titles, profile, set_ or [], run_directory.name)
+        return partial(run_titles, profile, overrides, run_directory.name)
 
     execute(run_directory, _verb(run_directory), job, _show_results)
 
@@ -106,6 +118,7 @@ def run(
 @app.command()
 def train(
     profile: ProfileOption = "starter",
+    engine: EngineOption = None,
     set_: SetOption = None,
     run_name: RunNameOption = None,
     fresh: FreshOption = False,
@@ -114,16 +127,17 @@ def train(
 
     Examples:
 
-      hn-titles train --set max_steps=20
+      hn-titles train --engine trl --set max_steps=20
 
       hn-titles train --run-name long --set max_steps=200
     """
-    run_directory = _open_run(profile, set_, run_name, fresh, until="trained")
+    overrides = _with_engine(set_, engine)
+    run_directory = _open_run(profile, overrides, run_name, fresh, until="trained")
 
     def job() -> Flow:
         from flows.train import train_titles
 
-        return partial(train_titles, profile, set_ or [], run_directory.name)
+        return partial(train_titles, profile, overrides, run_directory.name)
 
     execute(run_directory, _verb(run_directory), job, _show_trained)
 
@@ -157,6 +171,48 @@ def evaluate(
         return partial(evaluate_run, run_directory.name, None, set_ or [])
 
     execute(run_directory, "Evaluating", job, _show_results)
+
+
+@app.command()
+def compare(
+    profile: ProfileOption = "starter",
+    set_: SetOption = None,
+    seeds: Annotated[str, typer.Option(help="Seeds that each engine is trained with, separated by commas.")] = "1,2,3",
+    runs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run", help="Compare these trained runs instead; may be repeated. Both engines need the same seeds."
+        ),
+    ] = None,
+    titles: Annotated[int, typer.Option(min=0, help="Stories to show titles of, side by side.")] = 6,
+) -> None:
+    """Train with ART and with TRL, and compare what they write with the base model, its best of six and people.
+
+    Runs that were trained before with the very same settings are used again. Ends with a table, what can be
+    concluded from it, titles side by side, and the path of report.html, which opens without a network.
+
+    Examples:
+
+      hn-titles compare
+
+      hn-titles compare --seeds 1,2,3,4,5 --set max_steps=40
+
+      hn-titles compare --run starter-art-1 --run starter-trl-1 --titles 20
+    """
+    from tasks.titles.comparison_runs import named_runs, open_comparison
+    from tasks.titles.config import Settings, load_profile
+
+    numbers = _seeds(seeds)
+    runs_dir = Settings().runs_dir
+    wanted = named_runs(runs, runs_dir)[0].profile if runs else load_profile(profile, set_ or [])
+    home = open_comparison(wanted, runs_dir)
+
+    def job() -> Flow:
+        from flows.compare import compare_engines
+
+        return partial(compare_engines, profile, set_ or [], numbers, runs, home.name)
+
+    execute(home, "Comparing in", job, partial(_show_comparison, titles=titles))
 
 
 @app.command("check-data")
@@ -282,15 +338,17 @@ def main() -> None:
         sys.exit(UNEXPECTED)
 
 
-def _open_run(
-    profile: str, overrides: list[str] | None, run_name: str | None, fresh: bool, *, until: Any
-) -> RunDirectory:
+def _with_engine(overrides: list[str] | None, engine: EngineName | None) -> list[str]:
+    return [*(overrides or []), *([f"engine={engine}"] if engine else [])]
+
+
+def _open_run(profile: str, overrides: list[str], run_name: str | None, fresh: bool, *, until: Any) -> RunDirectory:
     from tasks.engines.training_state import MAY_CHANGE
     from tasks.titles.config import Settings, load_profile
     from tasks.titles.run_directory import open_run
 
     return open_run(
-        load_profile(profile, overrides or []),
+        load_profile(profile, overrides),
         runs_dir=Settings().runs_dir,
         run_name=run_name,
         fresh=fresh,
@@ -318,6 +376,29 @@ def _show_results(out: Console, run_directory: RunDirectory, evaluation: Evaluat
     rows = summary.sample_rows(evaluation, with_story=False)
     out.print(table(rows, "Titles side by side (greedy), their reward in brackets", lines=True))
     out.print()
+
+
+def _show_comparison(out: Console, home: RunDirectory, comparison: Comparison, titles: int) -> None:
+    from flows.terminal import comparison_table, side_by_side_titles
+    from tasks.titles.conclusions import conclusions
+
+    out.print()
+    out.print(comparison_table(comparison))
+    for sentence in [*comparison.alarms, *conclusions(comparison)]:
+        out.print(f"* {sentence}")
+    if titles:
+        out.print()
+        out.print(side_by_side_titles(comparison, titles))
+    out.print()
+
+
+def _seeds(text: str) -> list[int]:
+    from tasks.titles.errors import ConfigError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--seeds expects whole numbers separated by commas, such as 1,2,3; got '{text}'.") from error
 
 
 def _show_trained(out: Console, run_directory: RunDirectory, run_name: str) -> None:

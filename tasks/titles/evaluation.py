@@ -1,17 +1,19 @@
 """Evaluation on the test stories: who writes the better titles, and by how much.
 
 Every writer (base model, best and last checkpoint) writes for the same stories with the same seeds, and the human
-titles face the same judges. A judgement that fails has no figures: it is dropped and counted, and a
-story is compared between two writers only where both have one.
+titles face the same judges. A comparison of engines adds two baselines that need no training: the story's first
+sentence, and the best of several titles of the base model. A judgement that fails has no figures: it is dropped and
+counted, and a story is compared between two writers only where both have one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,7 @@ from tasks.titles.config import Profile
 from tasks.titles.cursor import sampling_seed
 from tasks.titles.errors import DataError, ServiceError, TooManyFailures
 from tasks.titles.judges import Judges
+from tasks.titles.opening import first_sentence
 from tasks.titles.rollout import Endpoint
 from tasks.titles.statistics import Interval, mean_interval, paired_difference, paired_ratio
 from tasks.titles.story import Prompt, Story
@@ -28,13 +31,18 @@ from tasks.titles.together import together
 if TYPE_CHECKING:
     from reward_server.client import RewardClient
 
-HUMAN = "human"
-Mode = Literal["sampled", "greedy", "human"]
+BASE, HUMAN, FIRST_SENTENCE = "base", "human", "first_sentence"
+Mode = Literal["sampled", "greedy", "human", "text", "candidate"]
+"""How a title came about: sampled at temperature 1, as the likeliest one, by a human, as a piece of the body.
+Candidates are sampled, too: the best is chosen among them, and they count for no writer."""
 MEASURES = ("reward", "score", "heldout_score", "matches", "length")
 """What is averaged per story; lengths are in characters, `matches` is the share of supported titles."""
 
 # Titles sampled per story and writer: with one, the luck of the draw would be half of an interval's width.
 SAMPLED_TITLES = 2
+# As many as training samples of one prompt: the choice among them needs a reward model but no training.
+BEST_OF = 6
+BEST_OF_N = f"best_of_{BEST_OF}"
 # Stories under way at once: enough to fill the server's batches, few enough that a story's titles are judged together.
 STORIES_AT_ONCE = 8
 # Seeds of evaluation differ from those of any training step.
@@ -86,10 +94,15 @@ class Evaluator:
         writers: Mapping[str, str],
         reward_client: RewardClient,
         heldout_client: RewardClient | None,
+        baselines: bool = False,
     ) -> None:
-        """`writers` maps a writer's name to the name that the endpoint serves its weights under."""
+        """`writers` maps a writer's name to the name that the endpoint serves its weights under.
+
+        With `baselines` there are two more: `FIRST_SENTENCE`, and `BEST_OF_N` of the writer `BASE`.
+        """
         self._profile = profile
         self._writers = dict(writers)
+        self._baselines = baselines
         self._client = open_client(endpoint.base_url, endpoint.api_key, concurrency=profile.rollout_concurrency)
         self._judges = Judges(
             reward_client=reward_client, validator=self._client, base_model_name=endpoint.base_model_name
@@ -131,20 +144,29 @@ class Evaluator:
 
     async def _story(self, prompt: Prompt) -> list[EvaluatedTitle]:
         """Let every writer write, then have the story's distinct titles judged at once: they share its body."""
-        modes: tuple[tuple[Mode, int], ...] = (("sampled", SAMPLED_TITLES), ("greedy", 1))
-        orders = [
-            (writer, mode, sample) for writer in self._writers for mode, count in modes for sample in range(count)
-        ]
+        orders = self._orders()
         written = await together(self._write(prompt, *order) for order in orders)
         orders.append((HUMAN, "human", 0))
         written.append(prompt.story.title.strip())
+        if self._baselines:
+            orders.append((FIRST_SENTENCE, "text", 0))
+            written.append(first_sentence(prompt.story.scraped_body))
         distinct = list(dict.fromkeys(title for title in written if isinstance(title, str)))
         judged = await together(self._judge(prompt.story, title) for title in distinct)
         judgements: dict[str, _Judgement | ServiceError] = dict(zip(distinct, judged, strict=True))
-        return [
+        titles = [
             _row(prompt.story.id, order, title, judgements[title] if isinstance(title, str) else title)
             for order, title in zip(orders, written, strict=True)
         ]
+        return [*titles, best_of([title for title in titles if title.writer == BASE])] if self._baselines else titles
+
+    def _orders(self) -> list[tuple[str, Mode, int]]:
+        """Return writer, mode and sample of every title that a model writes for a story."""
+        modes: tuple[tuple[Mode, range], ...] = (("sampled", range(SAMPLED_TITLES)), ("greedy", range(1)))
+        orders = [(writer, mode, sample) for writer in self._writers for mode, samples in modes for sample in samples]
+        if self._baselines:
+            orders += [(BASE, "candidate", sample) for sample in range(SAMPLED_TITLES, BEST_OF)]
+        return orders
 
     async def _write(self, prompt: Prompt, writer: str, mode: Mode, sample: int) -> str | ServiceError:
         try:
@@ -153,7 +175,7 @@ class Evaluator:
                 "policy",
                 model=self._writers[writer],
                 messages=prompt.messages,
-                temperature=self._profile.temperature if mode == "sampled" else 0.0,
+                temperature=0.0 if mode == "greedy" else self._profile.temperature,
                 max_tokens=self._profile.max_completion_tokens,
                 # The writers share the seeds, which takes part of the luck out of their difference.
                 seed=sampling_seed(self._profile.seed, 0, _SEED_STEP, prompt.story.id, sample),
@@ -211,6 +233,19 @@ def _row(
         verdict=judgement.verdict,
         length=len(text or ""),
     )
+
+
+def best_of(titles: Sequence[EvaluatedTitle]) -> EvaluatedTitle:
+    """Return what `BEST_OF_N` makes of one story's titles of the base model.
+
+    It is the title that the reward model scores highest, with that title's own verdict and reward, so that the choice
+    is one that a user could make. Of titles without a score a blank one goes before a failure.
+    """
+    chosen = max(
+        (title for title in titles if title.mode != "greedy"),
+        key=lambda title: (title.failure is None, -math.inf if title.score is None else title.score),
+    )
+    return replace(chosen, writer=BEST_OF_N, mode="sampled", sample=0)
 
 
 def check_evaluation(titles: Sequence[EvaluatedTitle], max_failed_share: float) -> int:
@@ -282,7 +317,7 @@ def reward_gain(
 
     Raises `TooManyFailures` where no story has both.
     """
-    best, base = (story_means(titles, writer, mode, measure) for writer in ("best", "base"))
+    best, base = (story_means(titles, writer, mode, measure) for writer in ("best", BASE))
     both = [story for story in best if story in base]
     if not both:
         raise TooManyFailures("No test story has a judged title of both the base model and the best checkpoint.")

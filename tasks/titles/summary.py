@@ -157,9 +157,7 @@ def sample_rows(
     for story, writers in list(by_story.items())[:count]:
         row = {"story": story} if with_story else {}
         for writer in (HUMAN, "base", "best"):
-            title = writers[writer]
-            reward = "not judged" if title.reward is None else f"{title.reward:.2f}"
-            row[_WRITERS[writer]] = f"{title.title or '(no title)'} [{reward}]"
+            row[_WRITERS[writer]] = title_cell(writers[writer])
         rows.append(row)
     return rows
 
@@ -222,6 +220,12 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     header = list(rows[0])
     lines = [header, ["---"] * len(header), *[[row[name] for name in header] for row in rows]]
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def title_cell(title: EvaluatedTitle) -> str:
+    """Return a title with its reward in brackets."""
+    reward = "not judged" if title.reward is None else f"{title.reward:.2f}"
+    return f"{title.title or '(no title)'} [{reward}]"
 
 
 def format_interval(interval: Interval | None, measure: str) -> str:

@@ -16,15 +16,17 @@ import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 
+from flows.compare import compare_engines
 from flows.evaluate import evaluate_run
 from flows.progress import watched_by
 from flows.run import run_titles
 from flows.train import train_titles
 from reward_server.process import RewardServerProcess
-from tasks.engines.art_resume import checkpoints_folder
 from tasks.engines.checkpoints import complete_steps
+from tasks.engines.resume import checkpoints_folder
 from tasks.starter.world import generate_stories
-from tasks.titles.errors import ServiceRejected, ServiceUnavailable
+from tasks.titles.comparison import Comparison
+from tasks.titles.errors import ConfigError, ServiceRejected, ServiceUnavailable
 from tasks.titles.evaluation import MEASURES
 from tasks.titles.summary import Evaluation
 
@@ -126,7 +128,7 @@ def test_a_run_ends_with_a_summary_of_finite_figures(finished: tuple[Evaluation,
 
 def test_training_moved_the_policy_and_kept_its_checkpoints(finished: tuple[Evaluation, list[str], set[str]]) -> None:
     run_dir = Path("runs/whole")
-    assert complete_steps(checkpoints_folder(run_dir)) == [0, 1, 2, 3]
+    assert complete_steps(checkpoints_folder(run_dir, "art")) == [0, 1, 2, 3]
     journal = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in journal] == [0, 1, 2, 3]
     assert all(row["metrics"]["train/reward"] > 0 for row in journal[1:])
@@ -193,6 +195,58 @@ async def test_a_finished_run_is_trained_no_further_and_can_be_evaluated_otherwi
     assert set(rows_of(client, run_id).values()) == {1}
 
 
+@pytest.fixture(scope="module")
+def compared(workplace: Path, finished: tuple[Evaluation, list[str], set[str]]) -> Comparison:
+    """A comparison of two seeds, each engine trained with both."""
+    home = os.getcwd()
+    os.chdir(workplace)
+    try:
+        return asyncio.run(compare_engines("starter", [*SMALL, "max_steps=2"], [1, 2], run_name="both"))
+    finally:
+        os.chdir(home)
+
+
+def test_a_comparison_trains_both_engines_and_reports_with_one_ruler(compared: Comparison) -> None:
+    home = Path("runs/comparisons/both")
+    figures = json.loads((home / "report.json").read_text(encoding="utf-8"))
+    assert [(run["engine"], run["seed"], run["steps"]) for run in figures["runs"]] == [
+        ("art", 1, 2),
+        ("art", 2, 2),
+        ("trl", 1, 2),
+        ("trl", 2, 2),
+    ]
+    assert all(run["trajectories"] > 0 and run["peak_memory_mb"] > 100 for run in figures["runs"])
+    assert [method["id"] for method in figures["methods"]] == [
+        *("base", "best_of_6", "human", "first_sentence", "art_best", "art_last", "trl_best", "trl_last")
+    ]
+    # The untrained policies of both engines are one: their validation titles earn the same at step 0.
+    start = {(run["engine"], run["seed"]): run["curve"][0]["val_reward"] for run in figures["runs"]}
+    assert start["art", 1] == pytest.approx(start["trl", 1], abs=1e-3)
+    assert start["art", 2] == pytest.approx(start["trl", 2], abs=1e-3)
+    page = (home / "report.html").read_text(encoding="utf-8")
+    assert all(sentence.split("'")[0] in page for sentence in figures["conclusions"])
+    assert "--seeds 1,2" in figures["command"]
+
+
+def test_a_comparison_is_in_mlflow_and_in_prefect(compared: Comparison) -> None:
+    client = MlflowClient(f"sqlite:///{Path('runs/mlflow.db').resolve()}")
+    run_id = json.loads(Path("runs/comparisons/both/run.json").read_text())["mlflow_run_id"]
+    assert {"report.html", "report.json"} <= {file.path for file in client.list_artifacts(run_id)}
+    assert "test/trl_best/reward/mean" in client.get_run(run_id).data.metrics
+    found = asyncio.run(artifacts(("comparison", "comparison-results")))
+    assert "report.html" in found["comparison"].data and run_id in found["comparison"].data
+
+
+async def test_trained_runs_are_compared_again_without_training(compared: Comparison) -> None:
+    names = [run.run_name for run in compared.runs]
+    journals = {name: Path("runs", name, "metrics.jsonl").read_bytes() for name in names}
+    again = await compare_engines(runs=names, run_name="again")
+    assert {name: Path("runs", name, "metrics.jsonl").read_bytes() for name in names} == journals
+    assert [title.title for title in again.titles] == [title.title for title in compared.titles]
+    with pytest.raises(ConfigError, match="same seeds"):
+        await compare_engines(runs=names[:1], run_name="alone")
+
+
 async def test_a_reward_server_that_is_not_there_ends_the_run_before_training(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +254,7 @@ async def test_a_reward_server_that_is_not_there_ends_the_run_before_training(
     before = children()
     with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:9"):
         await train_titles("starter", [*SMALL, "seed=5"], "no-judge")
-    assert complete_steps(checkpoints_folder(Path("runs/no-judge"))) == []
+    assert complete_steps(checkpoints_folder(Path("runs/no-judge"), "art")) == []
     client = MlflowClient(f"sqlite:///{Path('runs/mlflow.db').resolve()}")
     run_id = json.loads(Path("runs/no-judge/run.json").read_text())["mlflow_run_id"]
     assert client.get_run(run_id).info.status == "FAILED"

@@ -7,7 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.engines.cpu.sampler import SHARED_SHARE, Cluster, share_prefixes
+from tasks.engines.cpu.sampler import Cluster, share_prefixes
+from tasks.titles.prefixes import SHARED_SHARE
 
 PROMPTS = st.dictionaries(
     st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), st.integers(1, 6), min_size=1, max_size=12
