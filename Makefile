@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test check format help
+.PHONY: run test check bench format help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -31,6 +31,10 @@ run: .venv/.run-ready
 
 test: .venv/.test-ready
 	$(BIN)/python -m pytest
+
+# make bench : measure the reward server (about ten minutes on two cores); BENCH_ARGS="--quick" for one
+bench: .venv/.test-ready
+	$(BIN)/python -m bench.reward_server $(BENCH_ARGS)
 
 # make format: mend what ruff can mend
 format: .venv/.test-ready

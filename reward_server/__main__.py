@@ -87,12 +87,16 @@ def _listen(settings: RewardServerSettings) -> socket.socket:
             raise ConfigError(f"File descriptor {settings.fd} is no socket: {error}") from error
     try:
         family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((settings.host, settings.port), family=family)
+        listener = socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
         raise ConfigError(
             f"Cannot listen on {settings.host}:{settings.port}: {error.strerror or error}. "
             "Choose another --port (0: any free one) or stop the server that holds it."
         ) from error
+    # An answer's body must not wait 40 ms until the client has acknowledged its head. asyncio sees to that only where a
+    # socket names its protocol, as an inherited one does; connections take it over from the listener.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The application: three routes in front of a reward model."""
+"""The application: four routes in front of a reward model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from reward_server.errors import BadInput, RewardServerError
 from reward_server.gate import Gate, error_response
+from reward_server.metrics import Metrics, Timing
 from reward_server.schemas import MAX_BATCH, ErrorAnswer, HealthAnswer, ScoreAnswer, ScoreRequest
 from reward_server.scorer import load_scorer
 from reward_server.service import LoadScorer, RewardService
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 _CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; nobody reads it."""
+_METRICS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 _RETRY_AFTER = {"Retry-After": {"description": "seconds to wait", "schema": {"type": "integer"}}}
 
 
@@ -51,8 +54,9 @@ def create_app(settings: RewardServerSettings, load: LoadScorer = load_scorer) -
         dependencies=[Depends(HTTPBearer(auto_error=False))] if api_key else [],
     )
     app.state.service = service
-    app.add_middleware(Gate, api_key=api_key, max_request_bytes=settings.max_request_bytes)
-    _answer_errors_as_json(app)
+    app.add_middleware(Gate, api_key=api_key, max_request_bytes=settings.max_request_bytes, metrics=service.metrics)
+    app.add_middleware(Timing, metrics=service.metrics)
+    _answer_errors_as_json(app, service.metrics)
 
     @app.post("/score", responses=_errors(api_key, 413, 422, 429, 500, 503))
     async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
@@ -84,6 +88,11 @@ def create_app(settings: RewardServerSettings, load: LoadScorer = load_scorer) -
             score=await batcher.probe(),
             waiting=batcher.waiting,
         )
+
+    @app.get("/metrics", response_class=Response, responses=_METRICS | _errors(api_key, 413, 500))
+    async def metrics() -> Response:
+        """Return queue depth, batch sizes, tokens, latencies and errors in the text form of Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
@@ -121,33 +130,38 @@ def _errors(api_key: str | None, *statuses: int) -> dict[int | str, dict[str, An
     return documented
 
 
-def _answer_errors_as_json(app: FastAPI) -> None:
-    """Give every error the form of `ErrorAnswer`."""
+def _answer_errors_as_json(app: FastAPI, metrics: Metrics) -> None:
+    """Give every error the form of `ErrorAnswer`, and count it by its word."""
 
     @app.exception_handler(RewardServerError)
     async def refused(_: Request, error: RewardServerError) -> Response:
-        return error_response(error)
+        return error_response(error, metrics)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return error_response(BadInput(_explain(error)))
+        return error_response(BadInput(_explain(error)), metrics)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # FastAPI's word for a body that its JSON parser choked on
-            return error_response(BadInput("The request body cannot be read as JSON."))
+            return error_response(BadInput("The request body cannot be read as JSON."), metrics)
         word = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
+        metrics.errors.labels(word).inc()
         content = {"error": word, "message": str(error.detail)}
         return JSONResponse(content, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(_ClientGone)
-    async def gone(_: Request, __: _ClientGone) -> Response:
+    async def gone(request: Request, _: _ClientGone) -> Response:
+        logger.info("%s %s: %d, the client left before its answer", request.method, request.url.path, _CLIENT_GONE)
+        metrics.errors.labels("client_gone").inc()
         return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:
         logger.error("Unexpected error", exc_info=error)
-        return error_response(RewardServerError(f"Unexpected {type(error).__name__}; the server's log says more."))
+        return error_response(
+            RewardServerError(f"Unexpected {type(error).__name__}; the server's log says more."), metrics
+        )
 
 
 def _explain(error: RequestValidationError) -> str:

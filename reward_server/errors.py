@@ -6,6 +6,8 @@ RewardServerError
 ├── TooLarge        413  more bytes than the server reads
 ├── QueueFull       429  ask again after `retry_after_s`
 ├── NotReady        503  loading, stopping, or the model could not be loaded
+├── OutOfMemory     503  the text does not fit into the device's memory, not even alone
+├── WorkerFailed    503  what feeds the model failed with this text in hand; it has started again
 └── ScoringFailed   500  the model raised or answered something that is no number
 """
 
@@ -58,6 +60,22 @@ class NotReady(RewardServerError):
     status = 503
     word = "not_ready"
     retry_after_s = 2
+
+
+class OutOfMemory(RewardServerError):
+    """The text does not fit into the device's memory, not even alone; other programs may be using it."""
+
+    status = 503
+    word = "out_of_memory"
+    retry_after_s = 2
+
+
+class WorkerFailed(RewardServerError):
+    """What feeds the model failed while this text was waiting; it has started again."""
+
+    status = 503
+    word = "worker_failed"
+    retry_after_s = 1
 
 
 class ScoringFailed(RewardServerError):

@@ -8,13 +8,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reward_server.errors import RewardServerError, TooLarge, Unauthorized
+from reward_server.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
 """The description of the interface needs no key."""
 
 
-def error_response(error: RewardServerError) -> JSONResponse:
-    """Return the answer that `error` stands for."""
+def error_response(error: RewardServerError, metrics: Metrics) -> JSONResponse:
+    """Return the answer that `error` stands for, and count it."""
+    metrics.errors.labels(error.word).inc()
     headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s is not None else {}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -24,11 +26,12 @@ def error_response(error: RewardServerError) -> JSONResponse:
 class Gate:
     """ASGI middleware: checks the bearer key, then reads the body and stops reading at the limit."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_request_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, api_key: str | None, max_request_bytes: int, metrics: Metrics) -> None:
         """Wrap `app`; without `api_key` everyone may enter."""
         self._app = app
         self._key = api_key.encode() if api_key is not None else None
         self._limit = max_request_bytes
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or pass on one request."""
@@ -41,7 +44,7 @@ class Gate:
                 self._check_key(headers.get(b"authorization", b""))
             body = await self._read(headers.get(b"content-length", b""), receive)
         except RewardServerError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, self._metrics)(scope, receive, send)
             return
         if body is None:  # the client left while it was still sending
             return

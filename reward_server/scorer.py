@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,22 @@ from transformers.utils import logging as transformers_logging
 
 from reward_server.errors import BadInput
 from reward_server.model_files import ModelFiles, find_model, is_classifier
+from reward_server.passes import DecoderPasses, why_no_passes
 from reward_server.schemas import ScoreRequest
 from reward_server.settings import RewardServerSettings
 from tasks.titles.errors import ConfigError
+from tasks.titles.prefixes import Run, best_runs, common_prefix
 from tasks.titles.prompts import reward_model_text
 
 logger = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""What `Scorer.score_tokens` raises where a smaller batch may do."""
 _BODY_START, _BODY_END = "<body>", "</body>\n<title>"
+_SAME = {torch.float32: 1e-3}
+"""Largest difference between two ways to compute one score, by dtype."""
+_SAME_SHARE = 0.25
+"""The same in lower precision, as a share of the spread of the scores; wrong passes differ by about all of it."""
 
 
 def silence_transformers() -> None:
@@ -93,11 +103,16 @@ def _adapter_shapes(adapter: Path, wanted: set[str]) -> set[str]:
 class Scorer:
     """A loaded reward model.
 
-    `encode` and `score_tokens` may run in two different threads, but each in one thread at a time.
+    Any number of threads may run `encode`, one at a time `score_tokens`.
     """
 
-    def __init__(self, files: ModelFiles, *, device: str, dtype: torch.dtype, max_length: int) -> None:
-        """Load the model onto `device`; `max_length` is in tokens and never above what the model can read."""
+    def __init__(
+        self, files: ModelFiles, *, device: str, dtype: torch.dtype, max_length: int, prefix_sharing: bool = True
+    ) -> None:
+        """Load the model onto `device`; `max_length` is in tokens and never above what the model can read.
+
+        With `prefix_sharing` texts that begin alike share the work of their common prefix, where the model allows it.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device is 'cuda', but PyTorch sees no CUDA device. Use --device cpu.")
         self.name = files.name
@@ -120,9 +135,13 @@ class Scorer:
         self._model = _with_float32_head(model).to(device)
         self.version = files.version()
         self._probe = self.encode([ScoreRequest(title="A title", scraped_body="A body.")])
+        self._passes = self._decoder_passes()
+        self.shares_prefixes = prefix_sharing and self._passes is not None
+        """Whether texts that begin alike are computed together for less."""
         logger.info(
-            "Reward model %s (version %s) on %s in %s, reads %d tokens",
+            "Reward model %s (version %s) on %s in %s, reads %d tokens, %s",
             self.name, self.version, self.device, self.dtype, self.max_length,
+            "shares prefixes" if self.shares_prefixes else "shares no prefixes",
         )  # fmt: skip
 
     def score_texts(self, requests: Sequence[ScoreRequest]) -> list[float]:
@@ -140,8 +159,27 @@ class Scorer:
             for text, ids in zip(texts, self._tokenize(texts)["input_ids"], strict=True)
         ]
 
-    def score_tokens(self, batch: Sequence[Sequence[int]]) -> list[float]:
-        """Return the score of each of `batch`, lists of token ids, from one forward pass with right padding."""
+    def score_tokens(self, batch: Sequence[list[int]]) -> list[float]:
+        """Return the score of each of `batch`, lists of token ids, computed together."""
+        if self._passes is None:
+            return self._plain_scores(batch)
+        order = sorted(range(len(batch)), key=batch.__getitem__)
+        texts = [batch[index] for index in order]
+        scores = self._passes.scores(texts, self.divide(texts))
+        return [score for _, score in sorted(zip(order, scores, strict=True))]
+
+    def divide(self, texts: Sequence[list[int]], common: Sequence[int] | None = None) -> list[Run]:
+        """Return how sorted `texts` share prefixes.
+
+        `common` are the tokens that each shares with the next, where they are known.
+        """
+        lengths = [len(text) for text in texts]
+        if not self.shares_prefixes:
+            return [Run(index, index + 1, length, 0) for index, length in enumerate(lengths)]
+        return best_runs(lengths, common or [common_prefix(left, right) for left, right in pairwise(texts)])
+
+    def _plain_scores(self, batch: Sequence[list[int]]) -> list[float]:
+        """Return the scores from one forward pass of the whole classifier with right padding."""
         longest = max(len(ids) for ids in batch)
         input_ids = torch.full((len(batch), longest), self._pad_id)
         mask = torch.zeros((len(batch), longest), dtype=torch.long)
@@ -151,6 +189,31 @@ class Scorer:
         with torch.inference_mode():
             logits = self._model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device)).logits
         return logits[:, 0].float().tolist()
+
+    def _decoder_passes(self) -> DecoderPasses | None:
+        """Return the faster passes of a decoder, None where the model is no such decoder.
+
+        What the configuration does not tell is tried: their scores must be those of the model's own forward pass.
+        """
+        classifier: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        reason = why_no_passes(classifier, self.max_length)
+        if reason is None:
+            passes = DecoderPasses(classifier, pad_id=self._pad_id, device=self.device)
+            texts = _sample_texts(classifier.config.vocab_size, self._pad_id)
+            common = [common_prefix(left, right) for left, right in pairwise(texts)]
+            expected = [self._plain_scores([ids])[0] for ids in texts]
+            try:
+                scores = passes.scores(texts, best_runs([len(ids) for ids in texts], common))
+            except Exception as error:  # whatever a model that was never meant for this raises
+                reason = f"it failed with {type(error).__name__}: {error}"
+            else:
+                difference = max(abs(a - b) for a, b in zip(scores, expected, strict=True))
+                allowed = _SAME.get(classifier.dtype, _SAME_SHARE * (max(expected) - min(expected)))
+                if difference <= allowed:
+                    return passes
+                reason = f"its scores differ by {difference:.2g} from those of its own forward pass"
+        logger.warning("Reward model %s cannot share prefixes: %s. Texts are scored whole.", self.name, reason)
+        return None
 
     def probe(self) -> float:
         """Return the score of a tiny text: the model works."""
@@ -184,7 +247,23 @@ def load_scorer(settings: RewardServerSettings) -> Scorer:
         torch.set_num_threads(settings.threads)
     dtype = settings.dtype if settings.dtype != "auto" else {"cpu": "float32", "cuda": "bfloat16"}[settings.device]
     files = find_model(settings.model)
-    return Scorer(files, device=settings.device, dtype=getattr(torch, dtype), max_length=settings.max_length)
+    return Scorer(
+        files,
+        device=settings.device,
+        dtype=getattr(torch, dtype),
+        max_length=settings.max_length,
+        prefix_sharing=settings.prefix_sharing,
+    )
+
+
+def _sample_texts(vocabulary: int, pad_id: int) -> list[list[int]]:
+    """Return sorted texts of at most 16 tokens: three and two that begin alike, and one alone."""
+    generator = random.Random(0)
+    ids = [token for token in generator.choices(range(vocabulary), k=100) if token != pad_id]
+    long, short, alone = ids[:10], ids[10:17], ids[17:30]
+    branches = (ids[30:36], ids[36:37], ids[37:40], ids[40:45], ids[45:47])
+    stems = (long, long, long, short, short)
+    return sorted([alone, *(stem + branch for stem, branch in zip(stems, branches, strict=True))])
 
 
 def _pad_id(*candidates: int | None) -> int:

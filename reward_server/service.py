@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from reward_server.batching import Batcher
 from reward_server.errors import NotReady
+from reward_server.metrics import Metrics
 from reward_server.scorer import Scorer
 from reward_server.settings import RewardServerSettings
 
@@ -23,6 +24,7 @@ class RewardService:
     def __init__(self, settings: RewardServerSettings, load: LoadScorer) -> None:
         """`load` runs in another thread and may take minutes."""
         self.settings = settings
+        self.metrics = Metrics()
         self.load_error: BaseException | None = None
         self._load = load
         self._batcher: Batcher | None = None
@@ -71,7 +73,10 @@ class RewardService:
             logger.error("The reward model could not be loaded: %s", result)
         elif not self._stopped:
             self._batcher = Batcher(
-                result, token_budget=self.settings.batch_tokens, queue_size=self.settings.queue_size
+                result,
+                token_budget=self.settings.batch_tokens,
+                queue_size=self.settings.queue_size,
+                metrics=self.metrics,
             )
             self._batcher.start()
         self._loaded.set()

@@ -39,7 +39,12 @@ class RewardServerSettings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset: PyTorch decides")
     max_length: int = Field(4096, ge=16, description="tokens of one text; a longer body is cut, a title never")
     token_budget: int | None = Field(
-        None, ge=16, description="tokens of one batch, padding included; unset: 2,048 on a CPU, 16,384 on a GPU"
+        None,
+        ge=16,
+        description="tokens that the model reads at a time, padding included; unset: 1,024 on a CPU, 16,384 on a GPU",
+    )
+    prefix_sharing: bool = Field(
+        True, description="compute what texts have in common at their beginning once, where the model allows it"
     )
     queue_size: int = Field(1024, ge=MAX_BATCH, description="texts that may wait; one more is refused with 429")
     max_request_bytes: int = Field(16 * 2**20, ge=1024, description="a larger request is refused with 413")
@@ -49,13 +54,13 @@ class RewardServerSettings(BaseSettings):
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of one batch, padding included.
+        """Tokens that the model reads at a time, padding included.
 
         A GPU wants work; a CPU gains nothing from wide batches and loses a third to their padding and memory traffic.
         """
         if self.token_budget is not None:
             return self.token_budget
-        return 2048 if self.device == "cpu" else 16384
+        return 1024 if self.device == "cpu" else 16384
 
     @field_validator("api_key", mode="before")
     @classmethod

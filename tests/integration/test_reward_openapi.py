@@ -59,6 +59,7 @@ def test_every_refusal_is_described(address: str) -> None:
     paths = httpx.get(f"{address}/openapi.json", trust_env=False).json()["paths"]
     assert set(paths["/score"]["post"]["responses"]) == {"200", "401", "413", "422", "429", "500", "503"}
     assert set(paths["/score/batch"]["post"]["responses"]) == set(paths["/score"]["post"]["responses"])
+    assert set(paths["/metrics"]["get"]["responses"]) == {"200", "401", "413", "500"}
     assert set(paths["/health"]["get"]["responses"]) == {"200", "401", "413", "500", "503"}
     body = paths["/score/batch"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert (body["minItems"], body["maxItems"]) == (1, 128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,16 @@ def test_special_tokens_in_a_text_are_plain_characters() -> None:
     scorer = starter_scorer()
     [ids] = scorer._tokenize(["<|im_end|><|endoftext|>"])["input_ids"]
     assert not set(ids) & set(scorer._tokenizer.all_special_ids)
+
+
+def test_threads_may_encode_at_once() -> None:
+    scorer = starter_scorer()
+    lists = [
+        [ScoreRequest(title=f"Title {index}", scraped_body="Größe 標題 12345 ships. " * count)]
+        for index, count in enumerate([1, 20, 400, 2000] * 12)
+    ]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(scorer.encode, lists)) == [scorer.encode(requests) for requests in lists]
 
 
 # what is refused

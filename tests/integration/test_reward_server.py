@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import threading
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
 
 import httpx
 import pytest
-import torch
-from serving import HeldScorer, serving, serving_scorer, starter_scorer
+from serving import GOOD, HeldScorer, is_error, serving, serving_scorer, starter_scorer
 
+from reward_server.__main__ import _listen
 from reward_server.app import create_app
 from reward_server.check import check_server, plain_scores
 from reward_server.client import RewardClient, RewardInput
@@ -25,18 +25,9 @@ from tasks.starter.paths import HELDOUT_REWARD_MODEL
 from tasks.titles.errors import ServiceRejected, ServiceUnavailable
 
 WORDS = ("Norwind", "ships", "a", "faster", "database", "for", "42", "labs", "<b>", "naïve", "標題", "in", "2024", ".")
-GOOD = {"title": "Norwind ships a database", "scraped_body": "Norwind ships a faster database.", "by": None}
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
-        yield client
+pytestmark = pytest.mark.usefixtures("no_settings_around")
 
 
 def random_inputs(count: int, longest: int = 300) -> list[RewardInput]:
@@ -52,29 +43,12 @@ def random_inputs(count: int, longest: int = 300) -> list[RewardInput]:
     ]
 
 
-async def wait_for(condition: Any) -> None:
-    for _ in range(3000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("the condition did not come true within 30 s")
-
-
-async def is_error(response: httpx.Response, status: int, word: str, *parts: str) -> None:
-    assert response.status_code == status, response.text
-    answer = response.json()
-    assert set(answer) == {"error", "message"}
-    assert answer["error"] == word
-    for part in parts:
-        assert part in answer["message"]
-
-
 # scores
 
 
 async def test_batched_scores_equal_plain_forward_passes() -> None:
     inputs = random_inputs(40)
-    scorer = HeldScorer()
+    scorer = HeldScorer(prefix_sharing=True)
     async with serving_scorer(scorer, token_budget=4096) as (url, _), RewardClient(url) as client:
         asking = [asyncio.create_task(client.score(item)) for item in inputs[:24]]
         asking_batch = asyncio.create_task(client.score_batch(inputs[24:]))
@@ -131,7 +105,7 @@ async def test_long_lists_travel_in_several_requests() -> None:
 async def test_401_with_another_key_or_none(http: httpx.AsyncClient) -> None:
     async with serving_scorer(starter_scorer(), api_key="right") as (url, _):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic right"}):
-            for method, path in (("POST", "/score"), ("POST", "/score/batch"), ("GET", "/health")):
+            for method, path in (("POST", "/score"), ("POST", "/score/batch"), ("GET", "/health"), ("GET", "/metrics")):
                 refused = await http.request(method, url + path, headers=headers, json=GOOD)
                 await is_error(refused, 401, "unauthorized", "Authorization: Bearer")
                 assert refused.headers["WWW-Authenticate"] == "Bearer"
@@ -248,79 +222,15 @@ async def test_503_with_the_reason_where_the_model_cannot_be_loaded(http: httpx.
         await is_error(await http.get(f"{url}/health"), 503, "not_ready", "/nowhere/model")
 
 
-# every waiter is answered
-
-
-class BrokenScorer(HeldScorer):
-    """Raises on a batch with a title that says so, and answers no number to another."""
-
-    def score_tokens(self, batch: Sequence[Sequence[int]]) -> list[float]:
-        scores = super().score_tokens(batch)
-        texts = [self._tokenizer.decode(ids) for ids in batch]
-        if any("RAISE" in text for text in texts):
-            raise torch.OutOfMemoryError("no memory left")
-        return [float("nan") if "NAN" in text else score for text, score in zip(texts, scores, strict=True)]
-
-
-async def test_waiters_are_answered_when_the_model_raises(http: httpx.AsyncClient) -> None:
-    scorer = BrokenScorer()
-    async with serving_scorer(scorer) as (url, service):
-        titles = ["hold the door", "RAISE", "a", "b"]
-        asking = []
-        for title in titles:
-            asking.append(asyncio.create_task(http.post(f"{url}/score", json={**GOOD, "title": title})))
-            await wait_for(scorer.entered.is_set)
-        await wait_for(lambda: service.batcher().waiting == 3)
-        scorer.door.set()
-        first, *others = await asyncio.gather(*asking)
-        assert first.status_code == 200
-        for response in others:
-            await is_error(response, 500, "scoring_failed", "no memory left")
-        assert (await http.post(f"{url}/score", json=GOOD)).status_code == 200
-
-
-async def test_a_score_that_is_no_number_is_an_error_of_its_text_alone(http: httpx.AsyncClient) -> None:
-    scorer = BrokenScorer()
-    scorer.door.set()
-    async with serving_scorer(scorer) as (url, _):
-        nan = {**GOOD, "title": "NAN"}
-        batch, fine = await asyncio.gather(
-            http.post(f"{url}/score/batch", json=[GOOD, nan]), http.post(f"{url}/score", json=GOOD)
-        )
-        await is_error(batch, 500, "scoring_failed", "nan")
-        assert fine.status_code == 200
-        async with RewardClient(url) as client:
-            with pytest.raises(ServiceRejected, match="nan"):
-                await client.score(RewardInput("NAN", "body"))
-
-
-async def test_waiters_are_answered_when_the_server_stops(http: httpx.AsyncClient) -> None:
-    scorer = HeldScorer()
-    async with serving_scorer(scorer, token_budget=64) as (url, service):
-        asking = [asyncio.create_task(http.post(f"{url}/score", json=GOOD)) for _ in range(5)]
-        await wait_for(lambda: scorer.entered.is_set() and service.batcher().waiting == 4)
-        await service.stop()
-        for response in await asyncio.gather(*asking):
-            await is_error(response, 503, "not_ready", "stops")
-        await is_error(await http.get(f"{url}/health"), 503, "not_ready", "stops")
-        scorer.door.set()
-    assert scorer.batches == [1]
-
-
-async def test_texts_of_a_client_that_left_are_dropped(http: httpx.AsyncClient) -> None:
-    scorer = HeldScorer()
-    async with serving_scorer(scorer, token_budget=64) as (url, service):
-        staying = asyncio.create_task(http.post(f"{url}/score", json=GOOD))
-        await wait_for(scorer.entered.is_set)
-        leaving = asyncio.create_task(http.post(f"{url}/score/batch", json=[GOOD] * 7))
-        batcher = service.batcher()
-        await wait_for(lambda: batcher.waiting == 7)
-        leaving.cancel()
-        await wait_for(lambda: batcher.waiting == 0)
-        assert batcher.dropped == 7
-        scorer.door.set()
-        assert (await staying).status_code == 200
-    assert scorer.batches == [1]
+def test_connections_do_not_hold_back_small_pieces() -> None:
+    # asyncio sets the option itself where a socket names its protocol: on an inherited one.
+    with _listen(RewardServerSettings(port=0)) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    with socket.create_server(("127.0.0.1", 0)) as given, _listen(RewardServerSettings(fd=given.fileno())) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+        given.detach()
 
 
 # the check
@@ -345,7 +255,7 @@ async def test_check_passes_on_its_own_model_and_fails_on_another() -> None:
 class MoodyScorer(HeldScorer):
     """Says something else each time."""
 
-    def score_tokens(self, batch: Sequence[Sequence[int]]) -> list[float]:
+    def score_tokens(self, batch: Sequence[list[int]]) -> list[float]:
         return [score + len(self.batches) for score in super().score_tokens(batch)]
 
 

@@ -40,6 +40,14 @@ def test_flags_outrank_the_environment_and_the_environment_outranks_the_file(
     assert read_settings([]).api_key is None
 
 
+def test_prefix_sharing_is_on_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings([]).prefix_sharing
+    assert not read_settings(["--no-prefix-sharing"]).prefix_sharing
+    monkeypatch.setenv("REWARD_SERVER_PREFIX_SHARING", "0")
+    assert not read_settings([]).prefix_sharing
+    assert read_settings(["--prefix-sharing"]).prefix_sharing
+
+
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWARD_SERVER_QUEUE_SIZE", "3")
     with pytest.raises(ConfigError, match="queue_size"):

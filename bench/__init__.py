@@ -1,0 +1,1 @@
+"""Benchmarks; each is run by `python -m bench.<name>`."""
