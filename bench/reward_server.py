@@ -190,6 +190,9 @@ def measure(options: argparse.Namespace, model: str, urls: dict[str, str], conso
         for load in loads:
             measured = asyncio.run(measure_load(load, options, stories, scorer, size, urls))
             rows.append(row_of(load, device, measured))
+            row = rows[-1]
+            rates = f"plain {row.plain_rps}, limit {row.limit_rps}, ours {row.ours_rps}, prefix {row.ours_prefix_rps}"
+            console.print(f"{row.name}, {row.clients} clients: {rates}")
     return rows
 
 

@@ -144,9 +144,10 @@ def results_table(evaluation: Evaluation) -> Table:
 
 def comparison_table(comparison: Comparison) -> Table:
     """Return a comparison's figures in 80 characters: each mean with its interval below."""
-    title = "Means over seeds and test stories with 95% bootstrap intervals (length: characters)"
+    title = "Means over seeds and test stories with 95% intervals (length: characters)"
     grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("titles of", *MEASURES):
+    grid.add_column("titles of", max_width=14)
+    for name in MEASURES:
         grid.add_column(HEADINGS.get(name, name), no_wrap=True)
     # What training raises first, then what a user would ask for.
     for (method, mode), found in sorted(comparison.figures.items(), key=lambda item: item[0][1] == "greedy"):
@@ -159,7 +160,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 def side_by_side_titles(comparison: Comparison, count: int) -> Table:
     """Return the titles of a few stories, one method below the other, each with its reward."""
-    title = "Titles side by side (greedy where a model wrote them), their reward in brackets"
+    title = "Titles side by side (a model's are greedy), their reward in brackets"
     grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     grid.add_column("titles of", style="dim", no_wrap=True)
     grid.add_column("title", overflow="fold")

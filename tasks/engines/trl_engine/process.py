@@ -21,6 +21,9 @@ def main(request_path: str, mlflow_run_id: str) -> int:
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     request = read_request(Path(request_path))
+    if request.profile.trl.unsloth:
+        # It rewrites classes of transformers and TRL, and must come before whoever imports them.
+        import unsloth  # noqa: F401
     try:
         from tasks.engines.trl_engine.trainer import train
 

@@ -124,7 +124,7 @@ def load_policy(request: TrainingRequest) -> tuple[PeftModel, PreTrainedTokenize
 
 
 def _load_with_unsloth(request: TrainingRequest) -> tuple[Any, Any]:
-    # Unsloth rewrites classes of transformers and TRL when it is imported: `process` does that first.
+    # `process` has imported it before everything else.
     from unsloth import FastLanguageModel
 
     profile = request.profile
