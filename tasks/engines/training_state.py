@@ -7,25 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.engines.contract import TrainingRequest
+from tasks.titles.config import NEUTRAL_SETTINGS
 from tasks.titles.cursor import Cursor, stories_fingerprint
 from tasks.titles.errors import CheckpointError
 
 # These do not change what a step computes: a run may be continued with other values of them.
-MAY_CHANGE = frozenset(
-    {
-        "max_steps",
-        "test_stories",
-        "heldout_reward_model",
-        "rollout_concurrency",
-        "max_failed_share",
-        "max_empty_batches",
-        "canary_tolerance",
-        "prefect_rollouts",
-        "keep_checkpoints",
-        "bootstrap_samples",
-        "price_per_device_hour",
-    }
-)
+MAY_CHANGE = NEUTRAL_SETTINGS | {"max_steps", "test_stories", "heldout_reward_model"}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tasks.titles.comparison import ENGINES
-from tasks.titles.config import Profile, override_profile
+from tasks.titles.config import NEUTRAL_SETTINGS, Profile, override_profile
 from tasks.titles.errors import ConfigError, DataError
 from tasks.titles.run_directory import RunDirectory, find_run, newest_first, open_run
 
@@ -14,27 +14,17 @@ COMPARISONS = "comparisons"
 """Folder of comparisons in the runs directory."""
 
 # What an engine may set for itself, and what does not change what is compared.
-MAY_DIFFER = frozenset(
-    {
-        "name",
-        "engine",
-        "seed",
-        "learning_rate",
-        "loss",
-        "updates_per_step",
-        "packed_sequence_length",
-        "trl",
-        "devices",
-        "price_per_device_hour",
-        "rollout_concurrency",
-        "max_failed_share",
-        "max_empty_batches",
-        "canary_tolerance",
-        "prefect_rollouts",
-        "keep_checkpoints",
-        "bootstrap_samples",
-    }
-)
+MAY_DIFFER = NEUTRAL_SETTINGS | {
+    "name",
+    "engine",
+    "seed",
+    "learning_rate",
+    "loss",
+    "updates_per_step",
+    "packed_sequence_length",
+    "trl",
+    "devices",
+}
 
 
 def plan(profile: Profile, seeds: Sequence[int], runs_dir: Path) -> list[tuple[Profile, RunDirectory | None]]:

@@ -16,6 +16,19 @@ from tasks.titles.errors import ConfigError
 
 PROFILES_DIR = Path(__file__).resolve().parents[2] / "deployments" / "profiles"
 EngineName = Literal["art", "trl"]
+NEUTRAL_SETTINGS = frozenset(
+    {
+        "rollout_concurrency",
+        "max_failed_share",
+        "max_empty_batches",
+        "canary_tolerance",
+        "prefect_rollouts",
+        "keep_checkpoints",
+        "bootstrap_samples",
+        "price_per_device_hour",
+    }
+)
+"""Settings that change neither what a step computes nor what it is measured by."""
 
 
 class PerEngine(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +18,6 @@ from tasks.engines.cpu.weights import check_supported, copy_state, decoder_weigh
 from tasks.titles.errors import CheckpointError, ConfigError
 
 END = frozenset({2047})
-
-
-@pytest.fixture(scope="module")
-def cores() -> Iterator[Cores]:
-    cores = Cores(2)
-    yield cores
-    cores.close()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import functools
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,6 @@ DIFFERENT = 0.98
 """Well below what two computations of one formula come to; the differences named above are at most 0.96 here."""
 CISPO_LARGEST_RATIO = 5.0
 Gradient = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def cores() -> Iterator[Cores]:
-    cores = Cores(2)
-    yield cores
-    cores.close()
 
 
 @pytest.fixture(scope="module")

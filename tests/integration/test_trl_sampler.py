@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,6 @@ def prompt_ids(body: str) -> list[int]:
 
 PROMPTS = [prompt_ids(body) for body in BODIES]
 GROUPS = [prompt for prompt in PROMPTS for _ in range(GROUP)]
-
-
-@pytest.fixture(scope="module")
-def cores() -> Iterator[Cores]:
-    cores = Cores(2)
-    yield cores
-    cores.close()
 
 
 @pytest.fixture(scope="module")
