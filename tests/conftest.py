@@ -12,6 +12,8 @@ import pytest
 # other in busy loops, which makes small models ten times slower. Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# wandb, which TRL and ART import, would report errors to its makers.
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 
 @pytest.fixture(scope="session")

@@ -197,11 +197,11 @@ async def test_a_finished_run_is_trained_no_further_and_can_be_evaluated_otherwi
 
 @pytest.fixture(scope="module")
 def compared(workplace: Path, finished: tuple[Evaluation, list[str], set[str]]) -> Comparison:
-    """A comparison of two seeds, each engine trained with both."""
+    """A comparison with one seed."""
     home = os.getcwd()
     os.chdir(workplace)
     try:
-        return asyncio.run(compare_engines("starter", [*SMALL, "max_steps=2"], [1, 2], run_name="both"))
+        return asyncio.run(compare_engines("starter", [*SMALL, "max_steps=2"], [2], run_name="both"))
     finally:
         os.chdir(home)
 
@@ -210,9 +210,7 @@ def test_a_comparison_trains_both_engines_and_reports_with_one_ruler(compared: C
     home = Path("runs/comparisons/both")
     figures = json.loads((home / "report.json").read_text(encoding="utf-8"))
     assert [(run["engine"], run["seed"], run["steps"]) for run in figures["runs"]] == [
-        ("art", 1, 2),
         ("art", 2, 2),
-        ("trl", 1, 2),
         ("trl", 2, 2),
     ]
     assert all(run["trajectories"] > 0 and run["peak_memory_mb"] > 100 for run in figures["runs"])
@@ -221,11 +219,10 @@ def test_a_comparison_trains_both_engines_and_reports_with_one_ruler(compared: C
     ]
     # The untrained policies of both engines are one: their validation titles earn the same at step 0.
     start = {(run["engine"], run["seed"]): run["curve"][0]["val_reward"] for run in figures["runs"]}
-    assert start["art", 1] == pytest.approx(start["trl", 1], abs=1e-3)
     assert start["art", 2] == pytest.approx(start["trl", 2], abs=1e-3)
     page = (home / "report.html").read_text(encoding="utf-8")
     assert all(sentence.split("'")[0] in page for sentence in figures["conclusions"])
-    assert "--seeds 1,2" in figures["command"]
+    assert "--seeds 2" in figures["command"]
 
 
 def test_a_comparison_is_in_mlflow_and_in_prefect(compared: Comparison) -> None:

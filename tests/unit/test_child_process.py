@@ -20,7 +20,7 @@ HEAD = """
 import os, signal, subprocess, sys, time
 from tasks.titles.child_process import ChildProcess, end_with_stdin
 def hello(name): print("here is", name, os.getpid(), flush=True)
-def start(code, **options): return subprocess.Popen([sys.executable, "-c", code], **options)
+def start(code, **options): return subprocess.Popen([sys.executable, "-u", "-c", code], **options)
 """
 IGNORE_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 WAIT = "time.sleep(600)\n"
@@ -35,7 +35,7 @@ TIDY = (
 
 
 def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-u", "-c", code]
 
 
 def pid_of(name: str, log: Path) -> int:
