@@ -68,7 +68,11 @@ def check_comparable(profiles: Sequence[Profile]) -> None:
 
 
 def open_comparison(profile: Profile, runs_dir: Path, run_name: str | None = None) -> RunDirectory:
-    """Return the folder `comparisons/<run_name>`, a new `<profile>-comparison-<n>` where no name is given."""
+    """Return the folder `comparisons/<run_name>`, a new `<profile>-comparison-<n>` where no name is given.
+
+    Its profile has the same engine and seed whatever runs are compared: the test titles are drawn by them.
+    """
+    profile = override_profile(profile, ["engine=art", "seed=1"])
     home = runs_dir / COMPARISONS
     number = 1
     while run_name is None:

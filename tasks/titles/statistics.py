@@ -21,6 +21,8 @@ from statistics import NormalDist
 import numpy as np
 
 LEVEL = 0.95
+SMALLEST_DIVISOR = 1e-9
+"""A mean up to this is taken for 0: rewards and scores are logarithms of counts."""
 # Resampling works on blocks of this many index entries, so that 10,000 stories need no gigabytes.
 _BLOCK = 4_000_000
 
@@ -72,7 +74,7 @@ def paired_difference(after: Sequence[float], before: Sequence[float], *, sample
 def paired_ratio(after: Sequence[float], before: Sequence[float], *, samples: int, seed: int) -> Interval | None:
     """Return mean(after) / mean(before) over the same stories, and its interval.
 
-    None where the mean of `before`, or of one of its resamples, is not positive: a ratio says nothing there.
+    None where the mean of `before`, or of one of its resamples, is 0 or negative: a ratio says nothing there.
     """
     return crossed_ratio(_row(after), _row(before), samples=samples, seed=seed)
 
@@ -97,7 +99,7 @@ def crossed_difference(after: Table, before: Table, *, samples: int, seed: int) 
 def crossed_ratio(after: Table, before: Table, *, samples: int, seed: int) -> Interval | None:
     """Return mean(after) / mean(before) over the (seed, story) pairs that both have, and its interval.
 
-    None where the mean of `before`, or of one of its resamples, is not positive: a ratio says nothing there.
+    None where the mean of `before`, or of one of its resamples, is 0 or negative: a ratio says nothing there.
     """
     try:
         return _bootstrap(_paired(after, before), _quotient, samples=samples, seed=seed)
@@ -118,7 +120,7 @@ def crossed_win_rate(after: Table, before: Table, *, tie: float, samples: int, s
 
 
 class _NoRatio(Exception):
-    """A mean to divide by is not positive."""
+    """A mean to divide by is 0, negative, or so small that the quotient may be no finite number."""
 
 
 def _first(means: np.ndarray) -> np.ndarray:
@@ -126,7 +128,7 @@ def _first(means: np.ndarray) -> np.ndarray:
 
 
 def _quotient(means: np.ndarray) -> np.ndarray:
-    if np.any(means[:, 1] <= 0):
+    if np.any(means[:, 1] <= SMALLEST_DIVISOR):
         raise _NoRatio
     return means[:, 0] / means[:, 1]
 

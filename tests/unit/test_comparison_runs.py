@@ -81,4 +81,5 @@ def test_comparisons_have_folders_of_their_own(tmp_path: Path) -> None:
         "comparisons/starter-comparison-1",
         "comparisons/starter-comparison-2",
     ]
-    assert open_comparison(starter(), tmp_path, first.name).path == first.path
+    assert open_comparison(starter("engine=trl", "seed=7"), tmp_path, first.name).path == first.path
+    assert (first.profile.engine, first.profile.seed) == ("art", 1)

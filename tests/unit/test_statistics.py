@@ -93,6 +93,7 @@ def test_ratio_of_means_and_its_interval() -> None:
     assert ratio.low == pytest.approx(1.4) and ratio.high == pytest.approx(1.4)
     assert paired_ratio([1.0, 2.0], [0.0, 0.0], samples=100, seed=1) is None
     assert paired_ratio([1.0, 2.0], [-1.0, 2.0], samples=100, seed=1) is None
+    assert paired_ratio([4.0], [2.2e-308], samples=100, seed=1) is None
 
 
 def test_one_story_has_no_spread() -> None:
