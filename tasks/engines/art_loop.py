@@ -24,11 +24,11 @@ from tasks.engines.contract import (
     TrainingRequest,
     TrainingResult,
 )
-from tasks.engines.ledger import Ledger, finish, tell, tell_all, validation_rows
+from tasks.engines.ledger import Ledger, check_start, finish, tell, tell_all, validation_rows
 from tasks.engines.training_state import TrainingState, first_state
 from tasks.titles import metric_names as names
 from tasks.titles.cursor import VALIDATION_STEP
-from tasks.titles.errors import CheckpointError, DataError, NothingToTrainOn
+from tasks.titles.errors import NothingToTrainOn
 from tasks.titles.rollout import Roller, RolloutGroup, Sampling, check_failures
 from tasks.titles.rollout_metrics import tokens_of, train_metrics, trainable, val_metrics, why_nothing
 from tasks.titles.story import Prompt
@@ -67,15 +67,7 @@ async def train(
     with everything up to the last committed step kept, `DataError` without stories, and `CheckpointError`
     for a tracker of another MLflow run than the one to be continued.
     """
-    if state is not None and state.mlflow_run_id != tracker.run_id:
-        raise CheckpointError(
-            f"This run continues MLflow run {state.mlflow_run_id}, but the tracker was opened for {tracker.run_id}. "
-            "Open it with the stored id (`resume.stored_state`)."
-        )
-    if not request.train or not request.val:
-        raise DataError(
-            f"Training needs stories: got {len(request.train)} for training, {len(request.val)} to validate."
-        )
+    check_start(request, state, tracker)
     profile = request.profile
     async with (
         RewardClient(request.reward_model_url, request.reward_model_api_key) as reward_client,

@@ -23,6 +23,7 @@ from tasks.engines.journal import first_collapse
 from tasks.engines.resume import adapter_folder, checkpoints_folder, journal_of
 from tasks.engines.training_state import TrainingState
 from tasks.titles import metric_names as names
+from tasks.titles.errors import CheckpointError, DataError
 from tasks.titles.group_statistics import JUDGE_NOISE, has_collapsed
 from tasks.titles.rollout import RolloutGroup
 from tasks.titles.rollout_metrics import rewards_of
@@ -97,6 +98,23 @@ class Ledger:
             getattr(self._profile.learning_rate, self._profile.engine),
         )
         return 1.0
+
+
+def check_start(request: TrainingRequest, state: TrainingState | None, tracker: RunTracker) -> None:
+    """Check that a sitting may begin from `state`, None for a fresh run.
+
+    Raises `CheckpointError` for a tracker of another MLflow run than the one to be continued, and `DataError`
+    without stories.
+    """
+    if state is not None and state.mlflow_run_id != tracker.run_id:
+        raise CheckpointError(
+            f"This run continues MLflow run {state.mlflow_run_id}, but the tracker was opened for {tracker.run_id}. "
+            "Open it with the stored id (`resume.stored_state`)."
+        )
+    if not request.train or not request.val:
+        raise DataError(
+            f"Training needs stories: got {len(request.train)} for training, {len(request.val)} to validate."
+        )
 
 
 def validation_rows(groups: Sequence[RolloutGroup], step: int) -> list[dict[str, Any]]:

@@ -16,14 +16,14 @@ from pathlib import Path
 from tasks.engines.checkpoints import latest_complete
 from tasks.engines.context import context_tokens
 from tasks.engines.contract import ProgressListener, RunTracker, TrainingRequest, TrainingResult
-from tasks.engines.ledger import finish, tell, tell_all
+from tasks.engines.ledger import check_start, finish, tell, tell_all
 from tasks.engines.resume import checkpoints_folder, engine_folder, journal_of, prepare_to_continue, stored_state
 from tasks.engines.trl_engine.arguments import check_trl_settings, launch_command, trainer_environment
-from tasks.engines.trl_engine.request_file import write_request
+from tasks.engines.trl_engine.request_file import API_KEY, write_request
 from tasks.titles import errors
 from tasks.titles.child_process import ChildProcess
 from tasks.titles.config import Settings
-from tasks.titles.errors import CheckpointError, DataError, HnTitlesError, RunStopped
+from tasks.titles.errors import HnTitlesError, RunStopped
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,8 @@ async def train(
     profile = request.profile
     check_trl_settings(profile, vllm_server_url=Settings().vllm_server_url)
     context_tokens(request.base_model, profile)
-    if not request.train or not request.val:
-        raise DataError(
-            f"Training needs stories: got {len(request.train)} for training, {len(request.val)} to validate."
-        )
     state = prepare_to_continue(request)
-    if state is not None and state.mlflow_run_id != tracker.run_id:
-        raise CheckpointError(
-            f"This run continues MLflow run {state.mlflow_run_id}, but the tracker was opened for {tracker.run_id}. "
-            "Open it with the stored id (`resume.stored_state`)."
-        )
+    check_start(request, state, tracker)
     tell_all(request, tracker)
     if state is None or state.cursor.step < profile.max_steps:
         told = state.cursor.step if state else -1
@@ -77,7 +69,7 @@ async def _follow(
     path = write_request(request, folder)
     environment = {**os.environ, **trainer_environment(request.profile)}
     # Set even where there is no key: it outranks one in `.env`.
-    environment["REWARD_MODEL_API_KEY"] = request.reward_model_api_key or ""
+    environment[API_KEY] = request.reward_model_api_key or ""
     child = ChildProcess(
         [*launch_command(request.profile, path), tracker.run_id],
         log_path=request.run_dir / LOG,
