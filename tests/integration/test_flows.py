@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
 from flows.compare import compare_engines
 from flows.evaluate import evaluate_run
@@ -101,13 +102,12 @@ def rows_of(client: MlflowClient, run_id: str) -> Counter[tuple[str, int]]:
     return Counter((name, row.step) for name in names for row in client.get_metric_history(run_id, name))
 
 
-async def artifacts(keys: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+async def artifacts(run_name: str, keys: Sequence[str]) -> dict[str, Any]:
+    """Read the artifacts of the flow runs of ``run_name``; other tests leave theirs under the same keys."""
     async with get_client() as client:
-        for artifact in await client.read_artifacts(limit=200):
-            if artifact.key in keys:
-                found[artifact.key] = artifact
-    return found
+        of_run = FlowRunFilter(name=FlowRunFilterName(like_=run_name))
+        found = await client.read_artifacts(limit=200, flow_run_filter=of_run)
+    return {artifact.key: artifact for artifact in found if artifact.key in keys}
 
 
 def test_a_run_ends_with_a_summary_of_finite_figures(finished: tuple[Evaluation, list[str], set[str]]) -> None:
@@ -164,7 +164,7 @@ async def test_prefect_shows_groups_progress_report_and_titles(
     assert sum(name.startswith("group-") for name in names) >= 3 * 3
     assert {"run-whole", "train-whole", "evaluate-whole"} <= flow_runs.keys()
     assert flow_runs["run-whole"] == "Completed"
-    found = await artifacts(("training", "report", "results", "test-titles", "validation-titles", "stories"))
+    found = await artifacts("whole", ("training", "report", "results", "test-titles", "validation-titles", "stories"))
     assert len(found) == 6
     assert found["training"].data == 100.0
     assert read_summary("whole")["mlflow_run_id"] in found["report"].data and "mlflow ui" in found["report"].data
@@ -230,7 +230,7 @@ def test_a_comparison_is_in_mlflow_and_in_prefect(compared: Comparison) -> None:
     run_id = json.loads(Path("runs/comparisons/both/run.json").read_text())["mlflow_run_id"]
     assert {"report.html", "report.json"} <= {file.path for file in client.list_artifacts(run_id)}
     assert "test/trl_best/reward/mean" in client.get_run(run_id).data.metrics
-    found = asyncio.run(artifacts(("comparison", "comparison-results")))
+    found = asyncio.run(artifacts("compare-both", ("comparison", "comparison-results")))
     assert "report.html" in found["comparison"].data and run_id in found["comparison"].data
 
 
