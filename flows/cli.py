@@ -16,6 +16,7 @@ from tasks.titles.errors import HnTitlesError, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tasks.reward_training.report import RewardModelReport
     from tasks.titles.comparison import Comparison
     from tasks.titles.run_directory import RunDirectory
     from tasks.titles.summary import Evaluation
@@ -251,6 +252,41 @@ def check_data(profile: ProfileOption = "starter", set_: SetOption = None) -> No
         console.print(f"\nhuman title: {example.title}")
 
 
+@app.command("train-reward-model")
+def train_reward_model(
+    profile: ProfileOption = "starter",
+    set_: SetOption = None,
+    run_name: RunNameOption = None,
+    fresh: FreshOption = False,
+) -> None:
+    """Train a reward model on stories and their scores, and register it in MLflow.
+
+    The settings are the profile's table reward_training. Ends with the figures of each split and how to use the model.
+
+    Interrupted or killed, it continues from its last checkpoint when given again.
+
+    Examples:
+
+      hn-titles train-reward-model
+
+      hn-titles train-reward-model --set stories=my_stories.parquet --set reward_training.epochs=2
+
+      hn-titles train-reward-model --profile qwen-0.5b --set reward_training.train_until=2024-12-31
+    """
+    from tasks.reward_training.runs import open_reward_run
+    from tasks.titles.config import Settings, load_profile
+
+    wanted = load_profile(profile, set_ or [])
+    run_directory = open_reward_run(wanted, Settings().runs_dir, run_name=run_name, fresh=fresh)
+
+    def job() -> Flow:
+        from flows.train_reward_model import train_reward_model as train_it
+
+        return partial(train_it, profile, set_ or [], run_directory.name)
+
+    execute(run_directory, _verb(run_directory), job, _show_reward_model)
+
+
 @app.command("serve-reward-model")
 def serve_reward_model(
     profile: ProfileOption = "starter",
@@ -403,6 +439,15 @@ def _seeds(text: str) -> list[int]:
 
 def _show_trained(out: Console, run_directory: RunDirectory, run_name: str) -> None:
     out.print(f"Evaluate it with: {program('hn-titles')} evaluate --run-name {run_name}", soft_wrap=True)
+
+
+def _show_reward_model(out: Console, run_directory: RunDirectory, report: RewardModelReport) -> None:
+    from flows.terminal import table
+
+    out.print()
+    out.print(table(report.rows(), "Figures in log upvotes; pairs: one story has at least twice the other's upvotes"))
+    out.print(f"Use it with: {program('hn-titles')} run --set reward_model={report.registered}", soft_wrap=True)
+    out.print(f"Its files: {report.folder}", soft_wrap=True)
 
 
 def _reward_model(profile: str, overrides: list[str] | None, heldout: bool) -> tuple[Any, str]:

@@ -17,7 +17,7 @@ from tasks.titles.comparison import Comparison
 from tasks.titles.comparison_runs import named_runs, open_comparison, plan
 from tasks.titles.config import Settings, load_profile
 from tasks.titles.run_directory import RunDirectory, find_run
-from tasks.tracking import flow_run_label, tracked, tracking_uri
+from tasks.tracking import flow_run_label, tracked
 from tasks.training import base_model_of, checkpoint_folders
 
 SEEDS = (1, 2, 3)
@@ -48,7 +48,7 @@ async def compare_engines(
         chosen = await train_missing(profile, overrides or [], seeds or SEEDS)
         wanted = load_profile(profile, overrides or [])
     home = open_comparison(wanted, settings.runs_dir, run_name)
-    with home.locked(), tracked(home, tracking_uri(settings)) as tracker:
+    with home.locked(), tracked(home, settings.tracking_uri) as tracker:
         prompts = prepare_prompts_task(home.profile, settings.runs_dir / ".cache")
         compared = [compared_run(run) for run in chosen]
         # Says what is missing before anything is judged.

@@ -14,7 +14,7 @@ from tasks.health import heldout_reward_server, reward_server
 from tasks.titles.config import Settings
 from tasks.titles.run_directory import find_run
 from tasks.titles.summary import Evaluation, evaluate_figures
-from tasks.tracking import flow_run_label, show_results, tracked, tracking_uri
+from tasks.tracking import flow_run_label, show_results, tracked
 from tasks.training import base_model_of, checkpoint_folders, training_facts
 
 
@@ -31,7 +31,7 @@ async def evaluate_run(
     """
     settings = Settings()
     run = find_run(settings.runs_dir, run_name=run_name, profile_name=profile, overrides=overrides or [])
-    with run.locked(), tracked(run, tracking_uri(settings)) as tracker:
+    with run.locked(), tracked(run, settings.tracking_uri) as tracker:
         started = time.monotonic()
         training = training_facts(run)
         prompts = prepare_prompts_task(run.profile, settings.runs_dir / ".cache")

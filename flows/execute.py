@@ -26,7 +26,9 @@ STAGES = {
     "prefect": "Prefect",
     "stories": "stories",
     "reward server": "reward server",
+    "tokens": "stories encoded",
     "training": "training steps",
+    "figures": "passes for figures",
     "judges": "judges",
     "evaluation": "test stories",
     "runs": "runs trained",
@@ -87,9 +89,9 @@ def execute(
 def _show_where(out: Console, run_directory: RunDirectory, api: PrefectApi) -> None:
     """Print the commands that open Prefect and MLflow on this run, and the pages to look at."""
     from tasks.titles.config import Settings
-    from tasks.tracking import MLFLOW_UI, mlflow_command, mlflow_page, tracking_uri
+    from tasks.tracking import MLFLOW_UI, mlflow_command, mlflow_page
 
-    uri = tracking_uri(Settings())
+    uri = Settings().tracking_uri
     page = mlflow_page(run_directory.record())
     prefect = f"{program('prefect')} server start   then http://127.0.0.1:4200/runs" if api.own else api.ui_url
     if uri.startswith("sqlite"):

@@ -16,7 +16,6 @@ from tasks.tracking import (
     peak_memory_of,
     show_validation_titles,
     tracked,
-    tracking_uri,
 )
 from tasks.training import describe_step, train_policy, training_request
 
@@ -42,7 +41,7 @@ async def train_titles(
         until="trained",
         may_change=MAY_CHANGE,
     )
-    with run.locked(), tracked(run, tracking_uri(settings)) as tracker:
+    with run.locked(), tracked(run, settings.tracking_uri) as tracker:
         tell("stories", 0)
         prompts = prepare_prompts_task(
             run.profile, settings.runs_dir / ".cache", lambda done, total: tell("stories", done, total)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.starter.paths import REWARD_MODEL, resolve
+from tasks.titles.config import Settings
 from tasks.titles.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 _SAFE_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 """What is fetched from a hub: weights as safetensors, configuration and tokenizer; no pickle, no Python."""
+REGISTRY_SCHEME = "models:/"
+"""How a model of MLflow's registry begins: `models:/name@alias` or `models:/name/3`."""
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter lies within a registered model, its base in `base` beside it where that is on no hub."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -41,7 +47,9 @@ class ModelFiles:
 
 
 def find_model(name: str) -> ModelFiles:
-    """Find a reward model by folder or hub name ('starter' is the embedded one) and check its files.
+    """Find a reward model by folder, hub name or MLflow's `models:/name@alias`, and check its files.
+
+    'starter' is the embedded one.
 
     An adapter's `base_model_name_or_path` is read relative to the adapter's own folder where that leads to a
     folder, so that both can be moved together.
@@ -84,6 +92,8 @@ def _folder(name: str, asked_by: Path | None = None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if name.startswith(REGISTRY_SCHEME):
+        return _registered(name)
     wanted_by = f", the base model of adapter {asked_by}" if asked_by else ""
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ConfigError(
@@ -98,6 +108,32 @@ def _folder(name: str, asked_by: Path | None = None) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_SAFE_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"'{name}'{wanted_by} is neither a folder nor a model that the hub gave: {error}") from error
+
+
+def _registered(name: str) -> Path:
+    """Return the folder of a model in MLflow's registry: where it is stored, or a temporary copy of it."""
+    # MLflow's own habit is seven retries of two minutes each.
+    for key, value in {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+    uri = Settings().tracking_uri
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        model, version = get_model_name_and_version(client, name)
+        source = client.get_model_version_download_uri(model, version)
+        folder = Path(download_artifacts(artifact_uri=source, tracking_uri=uri))
+    except (MlflowException, OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{name}' is no model that MLflow at {uri} gave: {error}. Expected models:/<name>@<alias> or "
+            "models:/<name>/<version>; MLFLOW_TRACKING_URI says which MLflow is asked."
+        ) from error
+    logger.info("%s is version %s, in %s", name, version, folder)
+    adapter = folder / ADAPTER_FOLDER
+    return (adapter if adapter.is_dir() else folder).resolve()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from reward_server.errors import BadInput
+from reward_server.encoding import cut_body, padding_id, readable_length, tokenize
 from reward_server.model_files import ModelFiles, find_model, is_classifier
 from reward_server.passes import DecoderPasses, why_no_passes
 from reward_server.schemas import ScoreRequest
@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 """What `Scorer.score_tokens` raises where a smaller batch may do."""
-_BODY_START, _BODY_END = "<body>", "</body>\n<title>"
 _SAME = {torch.float32: 1e-3}
 """Largest difference between two ways to compute one score, by dtype."""
 _SAME_SHARE = 0.25
@@ -126,12 +125,11 @@ class Scorer:
             # Merged, the adapter costs no time. In bfloat16 the sum would round most of a small adapter away.
             model = model.merge_and_unload()
         config: Any = model.config
-        self._pad_id = _pad_id(config.pad_token_id, self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        self._pad_id = padding_id(self._tokenizer, config)
         # Decoder classifiers read their score at the last token that is not this one.
         config.pad_token_id = self._pad_id
         config.use_cache = False
-        limits = (max_length, self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-        self.max_length = min(limit for limit in limits if limit)
+        self.max_length = readable_length(max_length, self._tokenizer, config)
         self._model = _with_float32_head(model).to(device)
         self.version = files.version()
         self._probe = self.encode([ScoreRequest(title="A title", scraped_body="A body.")])
@@ -155,8 +153,8 @@ class Scorer:
         """
         texts = [text_of(request) for request in requests]
         return [
-            ids if len(ids) <= self.max_length else self._cut(text)
-            for text, ids in zip(texts, self._tokenize(texts)["input_ids"], strict=True)
+            ids if len(ids) <= self.max_length else cut_body(self._tokenizer, text, self.max_length)
+            for text, ids in zip(texts, tokenize(self._tokenizer, texts)["input_ids"], strict=True)
         ]
 
     def score_tokens(self, batch: Sequence[list[int]]) -> list[float]:
@@ -219,27 +217,6 @@ class Scorer:
         """Return the score of a tiny text: the model works."""
         return self.score_tokens(self._probe)[0]
 
-    def _tokenize(self, texts: list[str], **options: Any) -> Any:
-        # Special tokens that an article spells out are read as plain characters.
-        return self._tokenizer(texts, split_special_tokens=True, **options)
-
-    def _cut(self, text: str) -> list[int]:
-        start = text.index(_BODY_START) + len(_BODY_START)
-        end = text.rindex(_BODY_END)
-        encoded = self._tokenize([text], return_offsets_mapping=True)
-        body_tokens = [left for left, right in encoded["offset_mapping"][0] if start <= left < end and right > left]
-        # The pieces may split into other tokens once they are joined: drop as many more as are still too many.
-        keep = len(body_tokens) - (len(encoded["input_ids"][0]) - self.max_length)
-        while keep >= 0:
-            shorter = text[: body_tokens[keep]] + text[end:]
-            ids = self._tokenize([shorter])["input_ids"][0]
-            if len(ids) <= self.max_length:
-                return ids
-            keep -= len(ids) - self.max_length
-        raise BadInput(
-            f"Title, URL and submitter alone are longer than the {self.max_length} tokens that the reward model reads."
-        )
-
 
 def load_scorer(settings: RewardServerSettings) -> Scorer:
     """Find and load the reward model that `settings` name. Raises `ConfigError` where that is not possible."""
@@ -264,13 +241,6 @@ def _sample_texts(vocabulary: int, pad_id: int) -> list[list[int]]:
     branches = (ids[30:36], ids[36:37], ids[37:40], ids[40:45], ids[45:47])
     stems = (long, long, long, short, short)
     return sorted([alone, *(stem + branch for stem, branch in zip(stems, branches, strict=True))])
-
-
-def _pad_id(*candidates: int | None) -> int:
-    for candidate in candidates:
-        if candidate is not None:
-            return candidate
-    raise ConfigError("Neither the reward model nor its tokenizer names a padding or an end token.")
 
 
 def _with_float32_head(model: torch.nn.Module) -> torch.nn.Module:

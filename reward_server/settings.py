@@ -31,7 +31,10 @@ class RewardServerSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(7000, ge=0, le=65535, description="0: any free port")
-    model: str = Field("starter", description="'starter', a folder or a hub name; with or without a PEFT adapter")
+    model: str = Field(
+        "starter",
+        description="'starter', a folder, a hub name or MLflow's models:/name@alias; with or without a PEFT adapter",
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"

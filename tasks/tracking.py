@@ -18,8 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from tasks.engines.contract import Progress, ProgressListener
-from tasks.engines.tracker import MlflowTracker, default_tracking_uri
-from tasks.titles.config import Settings
+from tasks.engines.tracker import MlflowTracker
 from tasks.titles.peak_memory import PeakMemory
 from tasks.titles.run_directory import RunDirectory, RunRecord
 from tasks.titles.summary import Evaluation, markdown, sample_rows, table_rows
@@ -68,11 +67,6 @@ def peak_memory_of(run: RunDirectory) -> Iterator[None]:
             yield
     finally:
         run.update(peak_memory_mb=max(memory.megabytes, run.record().peak_memory_mb or 0.0))
-
-
-def tracking_uri(settings: Settings) -> str:
-    """Return where MLflow keeps runs: `MLFLOW_TRACKING_URI`, or a SQLite file in the runs directory."""
-    return settings.mlflow_tracking_uri or default_tracking_uri(settings.runs_dir)
 
 
 def mlflow_command(uri: str) -> str:

@@ -35,11 +35,6 @@ RETRY_PAUSE_S = 30.0
 _STEP_PARAM = "step"
 
 
-def default_tracking_uri(runs_dir: Path) -> str:
-    """Return the SQLite database that runs are stored in where `MLFLOW_TRACKING_URI` is not set."""
-    return f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
-
-
 class MlflowTracker:
     """The MLflow side of one training; implements `contract.RunTracker`.
 

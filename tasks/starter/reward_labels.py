@@ -21,12 +21,27 @@ def prediction_quality(predicted: Sequence[float], labels: Sequence[float], cons
 
     Raises `ValueError` for fewer than three pairs or labels without spread.
     """
+    return {**errors(predicted, labels, constant), **correlations(predicted, labels)}
+
+
+def errors(predicted: Sequence[float], labels: Sequence[float], constant: float) -> dict[str, float]:
+    """Return RMSE, and the RMSE of always predicting `constant`."""
+    guesses, truth = np.asarray(predicted, float), np.asarray(labels, float)
+    return {
+        "rmse": float(np.sqrt(np.mean((guesses - truth) ** 2))),
+        "rmse_baseline": float(np.sqrt(np.mean((constant - truth) ** 2))),
+    }
+
+
+def correlations(predicted: Sequence[float], labels: Sequence[float]) -> dict[str, float]:
+    """Return Pearson's and Spearman's correlation.
+
+    Raises `ValueError` for fewer than three pairs or a side without spread.
+    """
     guesses, truth = np.asarray(predicted, float), np.asarray(labels, float)
     if len(truth) < 3 or truth.std() == 0 or guesses.std() == 0:
         raise ValueError("Correlations need at least three pairs with some spread on both sides.")
     return {
-        "rmse": float(np.sqrt(np.mean((guesses - truth) ** 2))),
-        "rmse_baseline": float(np.sqrt(np.mean((constant - truth) ** 2))),
         "pearson": float(np.corrcoef(guesses, truth)[0, 1]),
         "spearman": float(np.corrcoef(_ranks(guesses), _ranks(truth))[0, 1]),
     }

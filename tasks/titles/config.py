@@ -6,6 +6,7 @@ import json
 import os
 import tomllib
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ NEUTRAL_SETTINGS = frozenset(
         "keep_checkpoints",
         "bootstrap_samples",
         "price_per_device_hour",
+        "reward_training",
     }
 )
 """Settings that change neither what a step computes nor what it is measured by."""
@@ -67,6 +69,35 @@ class TrlSettings(BaseModel):
     unsloth: bool = Field(False, description="on a GPU: load and train the model with Unsloth")
 
 
+class RewardTraining(BaseModel):
+    """How `hn-titles train-reward-model` trains a reward model; nothing else reads it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_model: str = Field("starter", description="'starter', a folder or a hub name")
+    registered_name: str = Field(
+        "hn-titles-reward-model",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="the model's name in MLflow's registry",
+    )
+    minimum_score: int = Field(0, ge=0, description="stories below this many upvotes are left out")
+    train_until: date | None = Field(
+        None, description="last day of training, all later stories are test; unset: the source's own splits"
+    )
+    report_stories: int = Field(500, ge=2, description="stories of each split, at most, that figures are made of")
+    epochs: float = Field(1.0, gt=0, allow_inf_nan=False, description="passes over the training stories")
+    max_steps: int | None = Field(None, ge=1, description="updates at most; unset: as many as the epochs take")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(16, ge=1, description="stories per forward and backward pass")
+    accumulate: int = Field(1, ge=1, description="passes per update")
+    eval_batch_size: int = Field(32, ge=1, description="stories per forward pass when nothing is learned")
+    max_length: int = Field(4096, ge=64, description="tokens of a story; a longer body is cut, a title never")
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    eval_steps: int = Field(50, ge=1, description="compare with the validation stories every this many steps")
+    save_steps: int = Field(50, ge=1, description="write a checkpoint every this many steps")
+
+
 class Profile(BaseModel):
     """Everything that decides what a run does. Unknown keys are refused."""
 
@@ -87,7 +118,7 @@ class Profile(BaseModel):
 
     # models
     base_model: str = Field("starter", description="'starter', a folder or a hub name")
-    reward_model: str = Field("starter", description="'starter', a folder or a hub name")
+    reward_model: str = Field("starter", description="'starter', a folder, a hub name or MLflow's models:/name@alias")
     heldout_reward_model: str | None = Field(
         None, description="a second reward model that training never sees; 'starter', a folder or a hub name"
     )
@@ -111,6 +142,9 @@ class Profile(BaseModel):
     )
     trl: TrlSettings = Field(
         default_factory=lambda: TrlSettings.model_validate({}), description="settings of TRL's trainer alone"
+    )
+    reward_training: RewardTraining = Field(
+        default_factory=lambda: RewardTraining.model_validate({}), description="how a reward model is trained"
     )
     devices: int = Field(1, ge=1, description="GPUs that training computes on; the CPU counts as one")
     price_per_device_hour: float = Field(0.0, ge=0, description="money that a device costs an hour, in any currency")
@@ -161,6 +195,16 @@ class Settings(BaseSettings):
     prefect_api_url: str | None = None
     runs_dir: Path = Path("runs")
     """One folder per run, and MLflow's database where no tracking server is given."""
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where MLflow keeps runs and registered models."""
+        return self.mlflow_tracking_uri or default_tracking_uri(self.runs_dir)
+
+
+def default_tracking_uri(runs_dir: Path) -> str:
+    """Return the SQLite database that runs are stored in where `MLFLOW_TRACKING_URI` is not set."""
+    return f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
 
 
 def export_hub_endpoint() -> None:

@@ -120,12 +120,14 @@ def open_run(
     fresh: bool = False,
     until: State = "evaluated",
     may_change: Collection[str] = (),
+    stem: str | None = None,
 ) -> RunDirectory:
     """Return the folder to work in: one to continue, or a new one.
 
     With `run_name` the folder of that name is continued, or made; settings of `may_change` may then differ
     from what it was started with. Without it the newest run of the very same profile that has not come to
-    `until` is continued, and else `<profile>-<engine>-<n>` is made. `fresh` never continues.
+    `until` is continued, and else `<stem>-<n>` is made, `stem` being `<profile>-<engine>` where it is not given.
+    `fresh` never continues.
 
     Raises `ConfigError` where `run_name` is no folder name, belongs to another profile, or is taken
     although a fresh run was asked for.
@@ -155,7 +157,7 @@ def open_run(
     runs_dir.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
-        path = runs_dir / f"{profile.name}-{profile.engine}-{number}"
+        path = runs_dir / f"{stem or f'{profile.name}-{profile.engine}'}-{number}"
         try:
             path.mkdir()
             return _initialise(path, profile)

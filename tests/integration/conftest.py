@@ -1,4 +1,4 @@
-"""Fixtures of tests that talk to a reward server, and of those that compute on the CPU service's cores."""
+"""Fixtures of tests that talk to a reward server, compute on the CPU service's cores or train a reward model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import httpx
 import pytest
 
 if TYPE_CHECKING:
+    from reward_training_parts import FinishedTraining
+
     from tasks.engines.cpu.cores import Cores
 
 
@@ -34,3 +36,14 @@ def cores() -> Iterator[Cores]:
     cores = Cores(2)
     yield cores
     cores.close()
+
+
+@pytest.fixture(scope="session")
+def reward_training(tmp_path_factory: pytest.TempPathFactory) -> FinishedTraining:
+    """A small training of a reward model from its first to its last step."""
+    from reward_training_parts import FinishedTraining, reward_run, train
+
+    told: list[tuple[str, int, int]] = []
+    run = reward_run(tmp_path_factory.mktemp("reward-training"))
+    trained = train(run, lambda stage, done, total, note="": told.append((stage, done, total)))
+    return FinishedTraining(run, trained.steps, told)

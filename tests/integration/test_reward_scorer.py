@@ -16,6 +16,7 @@ from serving import starter_scorer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from reward_server.check import plain_scores, sample_inputs
+from reward_server.encoding import tokenize
 from reward_server.errors import BadInput
 from reward_server.model_files import find_model
 from reward_server.schemas import ScoreRequest
@@ -156,9 +157,9 @@ def test_the_limit_is_the_smaller_of_setting_and_model() -> None:
 
 
 def test_special_tokens_in_a_text_are_plain_characters() -> None:
-    scorer = starter_scorer()
-    [ids] = scorer._tokenize(["<|im_end|><|endoftext|>"])["input_ids"]
-    assert not set(ids) & set(scorer._tokenizer.all_special_ids)
+    tokenizer = starter_scorer()._tokenizer
+    [ids] = tokenize(tokenizer, ["<|im_end|><|endoftext|>"])["input_ids"]
+    assert not set(ids) & set(tokenizer.all_special_ids)
 
 
 def test_threads_may_encode_at_once() -> None:

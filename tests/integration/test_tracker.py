@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from tasks.engines.tracker import EXPERIMENT, MlflowTracker, default_tracking_uri
-from tasks.titles.config import load_profile
+from tasks.engines.tracker import EXPERIMENT, MlflowTracker
+from tasks.titles.config import default_tracking_uri, load_profile
 from tasks.titles.errors import ServiceUnavailable
 
 PROFILE = load_profile("starter")

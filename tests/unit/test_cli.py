@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("run", "train", "evaluate", "check-data", "serve-reward-model", "check-reward-server")
+COMMANDS = (
+    "run", "train", "evaluate", "check-data", "train-reward-model", "serve-reward-model", "check-reward-server"
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "prefect", "mlflow", "art", "datasets", "uvicorn", "pandas")
 
 
@@ -56,6 +58,11 @@ def test_help_imports_nothing_heavy(command: tuple[str, ...], tmp_path: Path) ->
         (("evaluate",), "There is no run in runs"),
         (("evaluate", "--run-name", "x"), "There is no run 'x' in runs"),
         (("check-data", "--set", "stories=missing.parquet"), "missing.parquet"),
+        (
+            ("train-reward-model", "--set", "reward_training.epochs=0"),
+            "reward_training.epochs: Input should be greater",
+        ),
+        (("train-reward-model", "--set", "reward_training.rank=8"), "reward_training.rank: no such setting"),
         (("serve-reward-model", "--heldout", "--set", "heldout_reward_model=null"), "has no heldout_reward_model"),
         (("run", "--no-such-flag"), "No such option"),
         (("fly",), "No such command 'fly'"),

@@ -22,6 +22,9 @@ MODULES = [
     # The flow reads these to start a trainer that imports everything in a process of its own.
     "tasks.engines.trl_engine.arguments",
     "tasks.engines.trl_engine.request_file",
+    # The command line opens a run before anything heavy is imported.
+    "tasks.reward_training.report",
+    "tasks.reward_training.runs",
 ]
 
 

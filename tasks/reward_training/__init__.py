@@ -1,0 +1,1 @@
+"""Trains a reward model on stories and their scores; it knows no Prefect."""
