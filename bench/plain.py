@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import time
 from collections.abc import Sequence
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the reward server does
 
 import torch
 import uvicorn

@@ -51,6 +51,7 @@ QUICK_BODY_TOKENS = {"starter": (200,), "qwen-0.5b": (200, 2000)}
 BATCH_SIZES = {"cpu": (1, 4, 16), "cuda": (1, 4, 16, 64)}
 CLIENTS = (1, 8, 64)
 SERVERS = ("ours", "ours_prefix", "plain")
+TABLE_WIDTH = 160
 MEMORY_BODY_TOKENS = 30
 MEMORY_SHARE = 0.03
 """Growth of the server's memory that is still called flat, from the second quarter of the requests to the last."""
@@ -296,6 +297,7 @@ def main() -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         logs = Path(folder)
         model = "starter" if options.model_size == "starter" else random_qwen(logs / "model")

@@ -103,22 +103,23 @@ class _ClientGone(Exception):
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
     """Return what `work` returns; cancel it and raise `_ClientGone` when the client leaves before."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    working = asyncio.current_task()
+    assert working is not None
+    leaving = asyncio.create_task(_cancel_when_gone(request, working))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise _ClientGone
-        return working.result()
+        return await work
+    except asyncio.CancelledError:
+        if leaving.done() and working.uncancel() == 0:
+            raise _ClientGone from None
+        raise
     finally:
-        working.cancel()
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _left(request: Request) -> None:
+async def _cancel_when_gone(request: Request, working: asyncio.Task[Any]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    working.cancel()
 
 
 def _errors(api_key: str | None, *statuses: int) -> dict[int | str, dict[str, Any]]:

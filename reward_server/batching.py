@@ -95,11 +95,11 @@ class Batcher:
         company = bool(self._in_hand) or len(self._waiting) > len(waiters)
         self._bursts = self._bursts or (company and loop.time() < self._burst_end)
         try:
-            answers = await asyncio.gather(*(waiter.future for waiter in waiters), return_exceptions=True)
+            answers = [await _answer_of(waiter) for waiter in waiters]
         finally:
             self._drop(waiters)
         for answer in answers:
-            if isinstance(answer, BaseException):
+            if isinstance(answer, Exception):
                 raise answer
         return [answer for answer in answers if isinstance(answer, float)]
 
@@ -245,6 +245,13 @@ class Batcher:
         for waiter in waiters:
             waiter.future.cancel()
         self._metrics.texts_dropped.inc(self._waiting.remove(waiters))
+
+
+async def _answer_of(waiter: Waiter) -> float | Exception:
+    try:
+        return await waiter.future
+    except Exception as error:
+        return error
 
 
 def _answer(waiter: Waiter, answer: float | Exception) -> None:
