@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 from reward_server.client import Health, RewardClient, RewardInput
+from reward_server.encoding import text_of
 from reward_server.model_files import ModelFiles, find_model
+from reward_server.schemas import ScoreRequest
+from reward_server.vllm_dialect import VLLM
 from tasks.titles.errors import ServiceError
 
 TOLERANCE = 0.01
@@ -89,10 +92,10 @@ async def check_server(
 ) -> CheckReport:
     """Check the reward server at `url`, which should run `model` ('starter', a folder or a hub name).
 
-    It must be up, hold the same weights as `model`, answer one request twice alike, alone and among others, and agree
-    within `tolerance` (log upvotes) with transformers run plainly on one text at a time in float32 on this machine's
-    CPU. Then its speed is measured for twice `measure_s` seconds. What fails is in the report; only a `model` that
-    cannot be loaded here raises (`ConfigError`).
+    It must be up, hold the same weights as `model` (left out for vLLM, which cannot tell), answer one request twice
+    alike, alone and among others, and agree within `tolerance` (log upvotes) with transformers run plainly on one text
+    at a time in float32 on this machine's CPU. Then its speed is measured for twice `measure_s` seconds. What fails is
+    in the report; only a `model` that cannot be loaded here raises (`ConfigError`).
     """
     files = await asyncio.to_thread(find_model, model)
     inputs = sample_inputs()
@@ -100,15 +103,11 @@ async def check_server(
     async with RewardClient(url, api_key=api_key, timeout_s=timeout_s) as client:
         try:
             health = await client.health()
-            results.append(CheckResult("up", True, f"{health.model} on {health.device} in {health.dtype}"))
-            version = await asyncio.to_thread(files.version)
-            results.append(
-                CheckResult(
-                    "same weights",
-                    health.version == version,
-                    f"{model} has version {version}, the server runs {health.version}",
-                )
-            )
+            if health.device == VLLM:
+                results.append(CheckResult("up", True, f"{health.model} on vLLM, which tells no weights to compare"))
+            else:
+                results.append(CheckResult("up", True, f"{health.model} on {health.device} in {health.dtype}"))
+                results.append(await asyncio.to_thread(_same_weights, files, health))
             scores, result = await _check_repeatable(client, inputs, tolerance)
             results.append(result)
             plain = await asyncio.to_thread(plain_scores, files, inputs, health.max_length)
@@ -116,7 +115,7 @@ async def check_server(
             difference = max(differences)
             detail = f"largest difference over {len(differences)} titles {difference:.2g}, {tolerance:g} allowed"
             if health.dtype != "float32":
-                detail += f"; the server computes in {health.dtype}, --dtype float32 is exact"
+                detail += f"; the server computes in {health.dtype} precision, --dtype float32 is exact"
             results.append(CheckResult("equal to transformers", difference <= tolerance, detail))
             single, batch = await _measure(client, inputs, measure_s)
         except ServiceError as error:
@@ -134,8 +133,7 @@ def plain_scores(files: ModelFiles, inputs: Sequence[RewardInput], max_length: i
     import torch
     from transformers import AutoTokenizer
 
-    from reward_server.schemas import ScoreRequest
-    from reward_server.scorer import load_classifier, silence_transformers, text_of
+    from reward_server.scorer import load_classifier, silence_transformers
 
     silence_transformers()
     model = load_classifier(files, torch.float32)
@@ -149,6 +147,15 @@ def plain_scores(files: ModelFiles, inputs: Sequence[RewardInput], max_length: i
         with torch.inference_mode():
             scores.append(float(model(**encoded).logits[0, 0]))
     return scores
+
+
+def _same_weights(files: ModelFiles, health: Health) -> CheckResult:
+    version = files.version()
+    return CheckResult(
+        "same weights",
+        health.version == version,
+        f"{files.name} has version {version}, the server runs {health.version}",
+    )
 
 
 async def _check_repeatable(

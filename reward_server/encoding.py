@@ -1,6 +1,6 @@
-"""Texts into the tokens that a reward model reads; what is too long loses the end of the body, never of the title.
+"""What a reward model reads, as text and as tokens; what is too long loses the end of the body, never of the title.
 
-The server and the training of reward models share this, so that a model is trained on what it will be asked.
+The server, its clients and the training of reward models share this, so that a model is trained on what it is asked.
 """
 
 from __future__ import annotations
@@ -8,9 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from reward_server.errors import BadInput
+from reward_server.schemas import ScoreRequest
 from tasks.titles.errors import ConfigError
+from tasks.titles.prompts import reward_model_text
 
 _BODY_START, _BODY_END = "<body>", "</body>\n<title>"
+
+
+def text_of(request: ScoreRequest) -> str:
+    """Return what the model reads for `request`, uncut."""
+    return reward_model_text(
+        title=request.title,
+        by=request.by or "",
+        time=request.time,
+        scraped_body=request.scraped_body,
+        url=request.url or "",
+    )
 
 
 def readable_length(limit: int, tokenizer: Any, config: Any) -> int:

@@ -186,7 +186,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore")
 
-    reward_model_url: str | None = Field(default=None, description="a reward server; unset: the run starts its own")
+    reward_model_url: str | None = Field(
+        default=None,
+        description="a reward server, http://host:port, or vLLM's pooling runner, vllm+http://host:port; "
+        "unset: the run starts its own",
+    )
     reward_model_api_key: SecretStr | None = None
     heldout_reward_model_url: str | None = None
     vllm_server_url: str | None = Field(default=None, description="TRL's vLLM server, for trl.vllm_mode = 'server'")

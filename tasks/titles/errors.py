@@ -53,6 +53,9 @@ class ServiceUnavailable(ServiceError):
 class ServiceRejected(ServiceError):
     """The service refused the request; the same request will be refused again."""
 
+    status: int | None = None
+    """The HTTP status of the refusal, None where there was an answer that cannot be used."""
+
 
 class UnreadableVerdict(ServiceError):
     """The validator answered neither True nor False."""
