@@ -16,21 +16,22 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoTokenizer
 
+from reward_server.encoding import text_of
 from reward_server.model_files import find_model
 from reward_server.schemas import ScoreRequest
-from reward_server.scorer import load_classifier, silence_transformers, text_of
+from reward_server.scorer import load_classifier, prepare_device, silence_transformers
 from tasks.titles.child_process import end_with_stdin
 
 
 class PlainScorer:
     """The classifier as transformers runs it; an adapter is merged."""
 
-    def __init__(self, model: str, device: str) -> None:
-        """Load it in the reward server's own precision for `device`."""
+    def __init__(self, model: str, device: str, dtype: str) -> None:
+        """Load it in `dtype`, with the reward server's own attention."""
         silence_transformers()
+        prepare_device(device)
         files = find_model(model)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        classifier = load_classifier(files, dtype)
+        classifier = load_classifier(files, getattr(torch, dtype))
         self._model: Any = classifier.merge_and_unload() if files.adapter is not None else classifier
         self._model.to(device)
         self._device = device
@@ -83,13 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--fd", type=int, required=True)
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     end_with_stdin()
-    app = plain_app(PlainScorer(arguments.model, arguments.device))
+    app = plain_app(PlainScorer(arguments.model, arguments.device, arguments.dtype))
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=600)
     with socket.socket(fileno=arguments.fd) as listener:
         uvicorn.Server(config).run(sockets=[listener])

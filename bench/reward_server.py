@@ -28,27 +28,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import AutoTokenizer
 
 from bench.load import Answers, Stories, Title, send_singly, send_steps
 from bench.plain import PlainScorer
+from bench.random_model import random_qwen
+from reward_server.encoding import text_of
 from reward_server.model_files import find_model
 from reward_server.schemas import ScoreRequest
-from reward_server.scorer import text_of
-from tasks.starter.paths import BASE_MODEL
 from tasks.titles.child_process import ChildProcess
 
 RESULT = Path(__file__).with_suffix(".json")
 BODY_TOKENS = {"starter": (200, 600, 1800), "qwen-0.5b": (200, 2000, 8000)}
 QUICK_BODY_TOKENS = {"starter": (200,), "qwen-0.5b": (200, 2000)}
-BATCH_SIZES = {"cpu": (1, 4, 16), "cuda": (1, 4, 16, 64)}
+BATCH_SIZES = {"cpu": (1, 4, 16), "cuda": (1, 4, 16, 48)}
 CLIENTS = (1, 8, 64)
 SERVERS = ("ours", "ours_prefix", "plain")
 TABLE_WIDTH = 160
@@ -102,37 +101,11 @@ class Row:
     max_abs_diff: float
 
 
-def random_qwen(folder: Path) -> str:
-    """Save a classifier of Qwen2.5-0.5B's configuration with random weights, and return its folder.
-
-    Its tokenizer is the starter model's: the numbers of tokens are what counts.
-    """
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL, model_max_length=32768)
-    config = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model: Any = Qwen2ForSequenceClassification(config)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @contextlib.contextmanager
 def server(name: str, model: str, options: argparse.Namespace, logs: Path) -> Iterator[tuple[str, int]]:
     """Run one of `SERVERS`; yield its address and process id once it answers."""
     command = [sys.executable, "-m", "bench.plain" if name == "plain" else "reward_server"]
-    command += ["--model", model, "--device", options.device]
+    command += ["--model", model, "--device", options.device, "--dtype", options.dtype]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("REWARD_SERVER_")}
     environment["REWARD_SERVER_API_KEY"] = ""  # outranks a key in `.env`
     if options.threads is not None:
@@ -176,21 +149,25 @@ def best_batch_size(scorer: PlainScorer, texts: list[str], sizes: tuple[int, ...
 
 
 def measure(options: argparse.Namespace, model: str, urls: dict[str, str], console: Console) -> list[Row]:
-    """Return a row for each load."""
-    scorer = PlainScorer(model, options.device)
+    """Return a row for each load; unless the bench is a quick one, `--out` holds those measured so far."""
+    scorer = PlainScorer(model, options.device, options.dtype)
     stories = Stories(AutoTokenizer.from_pretrained(find_model(model).tokenizer))
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    device = f"{torch.cuda.get_device_name() if options.device == 'cuda' else 'cpu'}, {options.dtype}"
     lengths = (QUICK_BODY_TOKENS if options.quick else BODY_TOKENS)[options.model_size]
     rows = []
     for body_tokens in lengths:
         titles = stories.steps(1, body_tokens)
-        size = best_batch_size(scorer, texts_of(titles[::3]), BATCH_SIZES[options.device])
+        size = best_batch_size(scorer, texts_of(titles), BATCH_SIZES[options.device])
         console.print(f"bodies of {body_tokens} tokens: the limit's best batch size is {size}")
+        for name in SERVERS:
+            asyncio.run(send_steps(urls[name], stories.steps(1, body_tokens), together=True))  # not counted
         loads = [Load("titles", body_tokens, clients) for clients in CLIENTS]
         loads += [Load("burst", body_tokens, 48), Load("batch", body_tokens, 1)]
         for load in loads:
             measured = asyncio.run(measure_load(load, options, stories, scorer, size, urls))
             rows.append(row_of(load, device, measured))
+            if not options.quick:
+                write(rows, options.out)
             row = rows[-1]
             rates = f"plain {row.plain_rps}, limit {row.limit_rps}, ours {row.ours_rps}, prefix {row.ours_prefix_rps}"
             console.print(f"{row.name}, {row.clients} clients: {rates}")
@@ -205,10 +182,8 @@ async def measure_load(
     batch_size: int,
     urls: dict[str, str],
 ) -> Measured:
-    """Send fresh stories to everyone in turns, for several rounds; a first, short one is not counted."""
+    """Send fresh stories to everyone in turns, for several rounds."""
     measured = Measured()
-    for name in SERVERS:
-        await load.send(urls[name], stories.steps(1, min(load.body_tokens, 200)))
     for number in range(options.rounds):
         titles = stories.steps(options.steps, load.body_tokens)
         turn = number % len(SERVERS)
@@ -221,6 +196,13 @@ async def measure_load(
         pairs = zip(answers["ours_prefix"].scores, answers["plain"].scores, strict=True)
         measured.max_abs_diff = max(measured.max_abs_diff, *(abs(ours - plain) for ours, plain in pairs))
     return measured
+
+
+def write(rows: list[Row], path: Path) -> None:
+    """Put `rows` into the JSON file at `path` in place of what it holds of their device."""
+    loads = json.loads(path.read_text(encoding="utf-8"))["loads"] if path.exists() else []
+    loads = [load for load in loads if load["device"] != rows[0].device] + [asdict(row) for row in rows]
+    path.write_text(json.dumps({"loads": loads}, indent=2) + "\n", encoding="utf-8")
 
 
 def texts_of(titles: list[Title]) -> list[str]:
@@ -285,15 +267,18 @@ def main() -> int:
     """Run the benchmark and return the exit code: 1 where memory grows."""
     parser = argparse.ArgumentParser(description="Measures the reward server.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as the server chooses")
     parser.add_argument("--model-size", choices=tuple(BODY_TOKENS), default="starter")
     parser.add_argument("--threads", type=int, help="CPU threads of each; unset: PyTorch decides")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="training steps of 8 x 6 titles a round")
     parser.add_argument("--quick", action="store_true", help="fewer body lengths, one round, no JSON")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     parser.add_argument("--requests", type=int, help="send so many titles and look at the memory instead")
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1
+    options.dtype = options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[options.device]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console()
@@ -309,9 +294,6 @@ def main() -> int:
             return 0 if flat else 1
         rows = measure(options, model, {name: url for name, (url, _) in running.items()}, console)
     console.print(table_of(rows))
-    if not options.quick:
-        result: dict[str, Any] = {"loads": [asdict(row) for row in rows]}
-        RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

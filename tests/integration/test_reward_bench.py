@@ -36,7 +36,7 @@ def test_a_step_has_fresh_bodies_of_the_wanted_length() -> None:
 async def test_every_load_is_answered_in_order_by_both_servers(kind: str, clients: int) -> None:
     titles = stories().steps(1, 40)
     load = Load(kind, 40, clients)
-    plain = PlainScorer("starter", "cpu")
+    plain = PlainScorer("starter", "cpu", "float32")
     async with serving_scorer(starter_scorer()) as (ours, _), serving(plain_app(plain)) as other:
         answers = await load.send(ours, titles)
         plainly = await load.send(other, titles)

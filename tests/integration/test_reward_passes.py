@@ -23,6 +23,7 @@ from transformers import (
 
 from reward_server.check import plain_scores
 from reward_server.client import RewardInput
+from reward_server.encoding import tokenize
 from reward_server.model_files import find_model
 from reward_server.schemas import ScoreRequest
 from reward_server.scorer import Scorer
@@ -132,7 +133,7 @@ def test_an_empty_title() -> None:
     scorer = starter_scorer()
     [full] = scorer.encode([ScoreRequest(title="A title", scraped_body="Norwind ships. " * 20)])
     texts = [
-        scorer._tokenize([scorer._tokenizer.decode(full).replace("A title", title)])["input_ids"][0]
+        tokenize(scorer._tokenizer, [scorer._tokenizer.decode(full).replace("A title", title)])["input_ids"][0]
         for title in ("A title", "", "A")
     ]
     assert scorer.score_tokens(texts) == pytest.approx(plain(scorer, texts), abs=CLOSE)
