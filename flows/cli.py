@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.execute import Flow, execute, prepare_environment, program
+from flows import cli_reward_model
+from flows.cli_options import EngineOption, FreshOption, ProfileOption, RunNameOption, SetOption
+from flows.cli_results import show_comparison, show_results, show_trained
+from flows.execute import Flow, execute, prepare_environment, verb_of
 from tasks.titles.config import EngineName
 from tasks.titles.errors import HnTitlesError, UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from tasks.reward_training.report import RewardModelReport
-    from tasks.titles.comparison import Comparison
     from tasks.titles.run_directory import RunDirectory
-    from tasks.titles.summary import Evaluation
 
 INTERRUPTED = 130
 UNEXPECTED = 1
@@ -42,36 +40,7 @@ app = typer.Typer(
     ),
 )
 
-ProfileOption = Annotated[
-    str, typer.Option("--profile", "-p", help="A profile's name (starter, qwen-0.5b, qwen-7b) or a .toml file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Change one setting of the profile; may be repeated. A dot reaches into a table: learning_rate.art=1e-3.",
-    ),
-]
-EngineOption = Annotated[
-    EngineName | None,
-    typer.Option(
-        "--engine",
-        "-e",
-        help="What trains: art (our loop, OpenPipe ART) or trl (TRL's GRPOTrainer); else the profile's.",
-    ),
-]
-RunNameOption = Annotated[
-    str | None,
-    typer.Option(
-        "--run-name",
-        "-n",
-        help="The run's folder in runs/; continued where it exists. "
-        "Without it the newest unfinished run of the very same settings is continued, or a new one started.",
-    ),
-]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even where one could be continued.")]
+app.add_typer(cli_reward_model.app)  # without a name: its commands stand beside those of this file
 
 
 @app.callback()
@@ -113,7 +82,7 @@ def run(
 
         return partial(run_titles, profile, overrides, run_directory.name)
 
-    execute(run_directory, _verb(run_directory), job, _show_results)
+    execute(run_directory, verb_of(run_directory), job, show_results)
 
 
 @app.command()
@@ -140,7 +109,7 @@ def train(
 
         return partial(train_titles, profile, overrides, run_directory.name)
 
-    execute(run_directory, _verb(run_directory), job, _show_trained)
+    execute(run_directory, verb_of(run_directory), job, show_trained)
 
 
 @app.command()
@@ -171,7 +140,7 @@ def evaluate(
 
         return partial(evaluate_run, run_directory.name, None, set_ or [])
 
-    execute(run_directory, "Evaluating", job, _show_results)
+    execute(run_directory, "Evaluating", job, show_results)
 
 
 @app.command()
@@ -213,7 +182,7 @@ def compare(
 
         return partial(compare_engines, profile, set_ or [], numbers, runs, home.name)
 
-    execute(home, "Comparing in", job, partial(_show_comparison, titles=titles))
+    execute(home, "Comparing in", job, partial(show_comparison, titles=titles))
 
 
 @app.command("check-data")
@@ -252,112 +221,6 @@ def check_data(profile: ProfileOption = "starter", set_: SetOption = None) -> No
         console.print(f"\nhuman title: {example.title}")
 
 
-@app.command("train-reward-model")
-def train_reward_model(
-    profile: ProfileOption = "starter",
-    set_: SetOption = None,
-    run_name: RunNameOption = None,
-    fresh: FreshOption = False,
-) -> None:
-    """Train a reward model on stories and their scores, and register it in MLflow.
-
-    The settings are the profile's table reward_training. Ends with the figures of each split and how to use the model.
-
-    Interrupted or killed, it continues from its last checkpoint when given again.
-
-    Examples:
-
-      hn-titles train-reward-model
-
-      hn-titles train-reward-model --set stories=my_stories.parquet --set reward_training.epochs=2
-
-      hn-titles train-reward-model --profile qwen-0.5b --set reward_training.train_until=2024-12-31
-    """
-    from tasks.reward_training.runs import open_reward_run
-    from tasks.titles.config import Settings, load_profile
-
-    wanted = load_profile(profile, set_ or [])
-    run_directory = open_reward_run(wanted, Settings().runs_dir, run_name=run_name, fresh=fresh)
-
-    def job() -> Flow:
-        from flows.train_reward_model import train_reward_model as train_it
-
-        return partial(train_it, profile, set_ or [], run_directory.name)
-
-    execute(run_directory, _verb(run_directory), job, _show_reward_model)
-
-
-@app.command("serve-reward-model")
-def serve_reward_model(
-    profile: ProfileOption = "starter",
-    set_: SetOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7000,
-    heldout: Annotated[bool, typer.Option("--heldout", help="Serve the held-out reward model instead.")] = False,
-) -> None:
-    """Serve the profile's reward model over HTTP until Ctrl-C; python -m reward_server has more options.
-
-    Set REWARD_MODEL_URL=http://127.0.0.1:7000 and runs use it instead of starting one of their own.
-
-    Examples:
-
-      hn-titles serve-reward-model
-
-      hn-titles serve-reward-model --set reward_model=path/to/model --port 7001
-    """
-    from reward_server.__main__ import main as serve
-
-    wanted, model = _reward_model(profile, set_, heldout)
-    arguments = ["--model", model, "--device", wanted.device, "--host", host, "--port", str(port)]
-    raise typer.Exit(serve(arguments))
-
-
-@app.command("check-reward-server")
-def check_reward_server(
-    profile: ProfileOption = "starter",
-    set_: SetOption = None,
-    url: Annotated[
-        str | None, typer.Option(help="The server; without it REWARD_MODEL_URL, or else http://127.0.0.1:7000.")
-    ] = None,
-    heldout: Annotated[bool, typer.Option("--heldout", help="Compare with the held-out reward model.")] = False,
-) -> None:
-    """Prove that a reward server is up, deterministic and equal to plain transformers, and measure its speed.
-
-    Examples:
-
-      hn-titles check-reward-server
-
-      hn-titles check-reward-server --url http://gpu-box:7000 --set reward_model=path/to/model
-    """
-    import asyncio
-
-    from flows.terminal import plain_console, table
-    from reward_server.check import check_server
-    from tasks.titles.config import Settings
-
-    _, model = _reward_model(profile, set_, heldout)
-    settings = Settings()
-    key = settings.reward_model_api_key
-    address = url or (settings.heldout_reward_model_url if heldout else settings.reward_model_url)
-    prepare_environment()
-    report = asyncio.run(
-        check_server(address or "http://127.0.0.1:7000", model, api_key=key.get_secret_value() if key else None)
-    )
-    rows = [
-        {"check": result.name, "": "passed" if result.passed else "FAILED", "detail": result.detail}
-        for result in report.results
-    ]
-    console = plain_console()
-    console.print(table(rows, f"Reward server {report.url}"))
-    if report.single_per_s and report.batch_per_s:
-        console.print(
-            f"Speed: {report.single_per_s:.0f} titles a second asked one by one (32 in flight), "
-            f"{report.batch_per_s:.0f} in batches of 64."
-        )
-    if not report.passed:
-        raise typer.Exit(3)
-
-
 def main() -> None:
     """Run the command line; a user's mistake gives no traceback."""
     debug = "--debug" in sys.argv[1:]
@@ -393,41 +256,6 @@ def _open_run(profile: str, overrides: list[str], run_name: str | None, fresh: b
     )
 
 
-def _verb(run_directory: RunDirectory) -> str:
-    return "Continuing" if run_directory.resumed else "Starting"
-
-
-def _show_results(out: Console, run_directory: RunDirectory, evaluation: Evaluation) -> None:
-    from flows.terminal import results_table, table
-    from tasks.titles import summary
-
-    out.print()
-    out.print(results_table(evaluation))
-    failed = sum(title.failure is not None for title in evaluation.titles)
-    if failed:
-        out.print(f"{failed} of {len(evaluation.titles)} titles have no judgement and are left out.")
-    out.print(summary.gain_sentence(evaluation))
-    out.print(summary.reward_model_sentence(evaluation))
-    out.print()
-    rows = summary.sample_rows(evaluation, with_story=False)
-    out.print(table(rows, "Titles side by side (greedy), their reward in brackets", lines=True))
-    out.print()
-
-
-def _show_comparison(out: Console, home: RunDirectory, comparison: Comparison, titles: int) -> None:
-    from flows.terminal import comparison_table, side_by_side_titles
-    from tasks.titles.conclusions import conclusions
-
-    out.print()
-    out.print(comparison_table(comparison))
-    for sentence in [*comparison.alarms, *conclusions(comparison)]:
-        out.print(f"* {sentence}")
-    if titles:
-        out.print()
-        out.print(side_by_side_titles(comparison, titles))
-    out.print()
-
-
 def _seeds(text: str) -> list[int]:
     from tasks.titles.errors import ConfigError
 
@@ -435,32 +263,6 @@ def _seeds(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"--seeds expects whole numbers separated by commas, such as 1,2,3; got '{text}'.") from error
-
-
-def _show_trained(out: Console, run_directory: RunDirectory, run_name: str) -> None:
-    out.print(f"Evaluate it with: {program('hn-titles')} evaluate --run-name {run_name}", soft_wrap=True)
-
-
-def _show_reward_model(out: Console, run_directory: RunDirectory, report: RewardModelReport) -> None:
-    from flows.terminal import table
-
-    out.print()
-    out.print(table(report.rows(), "Figures in log upvotes; pairs: one story has at least twice the other's upvotes"))
-    out.print(f"Use it with: {program('hn-titles')} run --set reward_model={report.registered}", soft_wrap=True)
-    out.print(f"Its files: {report.folder}", soft_wrap=True)
-
-
-def _reward_model(profile: str, overrides: list[str] | None, heldout: bool) -> tuple[Any, str]:
-    from tasks.starter.paths import HELDOUT_REWARD_MODEL, REWARD_MODEL, resolve
-    from tasks.titles.config import load_profile
-    from tasks.titles.errors import ConfigError
-
-    wanted = load_profile(profile, overrides or [])
-    if not heldout:
-        return wanted, resolve(wanted.reward_model, REWARD_MODEL)
-    if wanted.heldout_reward_model is None:
-        raise ConfigError(f"Profile {wanted.name} has no heldout_reward_model. Give one with --set.")
-    return wanted, resolve(wanted.heldout_reward_model, HELDOUT_REWARD_MODEL)
 
 
 def _texts(rows: Any) -> list[dict[str, str]]:

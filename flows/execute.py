@@ -86,6 +86,11 @@ def execute(
         out.print(str(last), soft_wrap=True)
 
 
+def verb_of(run_directory: RunDirectory) -> str:
+    """Return what is about to be done to a run, for the screen."""
+    return "Continuing" if run_directory.resumed else "Starting"
+
+
 def _show_where(out: Console, run_directory: RunDirectory, api: PrefectApi) -> None:
     """Print the commands that open Prefect and MLflow on this run, and the pages to look at."""
     from tasks.titles.config import Settings
