@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
-from fastapi import Body, Depends, FastAPI, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
@@ -16,6 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from reward_server.errors import BadInput, RewardServerError
+from reward_server.fast_route import FastRoute
 from reward_server.gate import Gate, error_response
 from reward_server.metrics import Metrics, Timing
 from reward_server.schemas import MAX_BATCH, ErrorAnswer, HealthAnswer, ScoreAnswer, ScoreRequest
@@ -58,14 +59,16 @@ def create_app(settings: RewardServerSettings, load: LoadScorer = load_scorer) -
     app.add_middleware(Timing, metrics=service.metrics)
     _answer_errors_as_json(app, service.metrics)
 
-    @app.post("/score", responses=_errors(api_key, 413, 422, 429, 500, 503))
+    scoring = APIRouter(route_class=FastRoute)
+
+    @scoring.post("/score", responses=_errors(api_key, 413, 422, 429, 500, 503))
     async def score(request: Request, body: ScoreRequest) -> ScoreAnswer:
         """Score one title."""
         batcher = service.batcher()
         [value] = await _unless_gone(request, batcher.score([body]))
         return ScoreAnswer(score=value, version=batcher.scorer.version)
 
-    @app.post("/score/batch", responses=_errors(api_key, 413, 422, 429, 500, 503))
+    @scoring.post("/score/batch", responses=_errors(api_key, 413, 422, 429, 500, 503))
     async def score_batch(
         request: Request, body: Annotated[list[ScoreRequest], Body(min_length=1, max_length=MAX_BATCH)]
     ) -> list[ScoreAnswer]:
@@ -73,6 +76,8 @@ def create_app(settings: RewardServerSettings, load: LoadScorer = load_scorer) -
         batcher = service.batcher()
         values = await _unless_gone(request, batcher.score(body))
         return [ScoreAnswer(score=value, version=batcher.scorer.version) for value in values]
+
+    app.include_router(scoring)
 
     @app.get("/health", responses=_errors(api_key, 413, 500, 503))
     async def health() -> HealthAnswer:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,12 +19,11 @@ from reward_server.errors import NotReady, OutOfMemory, QueueFull, RewardServerE
 from reward_server.metrics import Metrics
 from reward_server.schemas import ScoreRequest
 from reward_server.scorer import OUT_OF_MEMORY, Scorer
+from reward_server.shared_encoder import SharedEncoder
 from reward_server.waiting import Waiter, WaitingTexts, choose_batch
 
 logger = logging.getLogger(__name__)
 
-_ENCODERS = min(4, max(1, (os.cpu_count() or 1) // 4))
-"""Threads that encode: one keeps up with a model on a few cores, but not with a GPU that reads long bodies."""
 _SIBLINGS_S = 0.02
 """Longest wait for other titles of the same body that are being encoded; reading the body again takes longer."""
 _BURST_S = 0.005
@@ -53,7 +51,7 @@ class Batcher:
         self._bursts = False
         """Whether others followed soon after the last text that met an idle model."""
         self._burst_end = 0.0
-        self._encoder_threads = ThreadPoolExecutor(_ENCODERS, thread_name_prefix="encoder")
+        self._encoder = SharedEncoder(scorer.encode)
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._worker: asyncio.Task[None] | None = None
         metrics.queue.set_function(lambda: self.waiting)
@@ -135,14 +133,17 @@ class Batcher:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
         self._refuse_all(_stopping())
-        self._encoder_threads.shutdown(wait=False)
+        self._encoder.stop()
         self._model_thread.shutdown(wait=False)
 
     async def _encode(self, requests: Sequence[ScoreRequest]) -> list[list[int]]:
         bodies = Counter(request.scraped_body for request in requests)
         self._encoding += bodies
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder_threads, self.scorer.encode, requests)
+            return await self._encoder.encode(requests)
+        except asyncio.CancelledError:
+            self._metrics.texts_dropped.inc(len(requests))
+            raise
         finally:
             self._encoding -= bodies
             self._changed.set()

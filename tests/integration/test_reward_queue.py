@@ -230,15 +230,14 @@ async def test_a_title_does_not_wait_where_a_client_sends_one_after_the_other(
 
 
 class SlowEncoder(HeldScorer):
-    """Encodes a title that says so only once the gate is open."""
+    """Each call of the encoder waits at a gate; the starter scorer otherwise."""
 
     def __init__(self) -> None:
         super().__init__(prefix_sharing=True)
-        self.gate = threading.Event()
+        self.gate = threading.Semaphore(0)
 
     def encode(self, requests: Sequence[ScoreRequest]) -> list[list[int]]:
-        if any("SLOW" in request.title for request in requests):
-            assert self.gate.wait(60)
+        assert self.gate.acquire(timeout=60)
         return super().encode(requests)
 
 
@@ -246,16 +245,17 @@ async def test_a_title_waits_for_those_of_its_body_that_are_being_encoded(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reward_server.batching._SIBLINGS_S", 60.0)
-    monkeypatch.setattr("reward_server.batching._ENCODERS", 2)
     scorer = SlowEncoder()
     scorer.door.set()
     async with serving_scorer(scorer) as (url, service):
-        slow = asyncio.create_task(http.post(f"{url}/score", json={**GOOD, "title": "SLOW"}))
+        first = asyncio.create_task(http.post(f"{url}/score", json=GOOD))
         await wait_for(lambda: service.batcher().waiting == 1)
-        quick = asyncio.create_task(http.post(f"{url}/score", json=GOOD))
+        second = asyncio.create_task(http.post(f"{url}/score", json={**GOOD, "title": "Another"}))
         await wait_for(lambda: service.batcher().waiting == 2)
-        scorer.gate.set()
-        assert {(await quick).status_code, (await slow).status_code} == {200}
+        scorer.gate.release()  # the first has been encoded and could be scored
+        await wait_for(lambda: len(service.batcher()._waiting) == 1)
+        scorer.gate.release()
+        assert {(await first).status_code, (await second).status_code} == {200}
     assert scorer.batches == [2]
 
 
