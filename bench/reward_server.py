@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import socket
 import statistics
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from bench.load import Answers, Stories, Title, send_singly, send_steps
+from bench.load import STORIES, TITLES, Answers, Stories, Title, send_singly, send_steps
 from bench.plain import PlainScorer
 from bench.random_model import random_qwen
 from reward_server.encoding import text_of
@@ -50,6 +51,9 @@ QUICK_BODY_TOKENS = {"starter": (200,), "qwen-0.5b": (200, 2000)}
 BATCH_SIZES = {"cpu": (1, 4, 16), "cuda": (1, 4, 16, 48)}
 CLIENTS = (1, 8, 64)
 SERVERS = ("ours", "ours_prefix", "plain")
+WARM_UP_S = {"plain": 0.0, "ours": 3.0, "ours_prefix": 3.0}
+"""A load is sent for so long, at least once, before it counts: on a GPU passes of one shape are fast from the third
+time on."""
 TABLE_WIDTH = 160
 MEMORY_BODY_TOKENS = 30
 MEMORY_SHARE = 0.03
@@ -68,6 +72,11 @@ class Load:
     def name(self) -> str:
         """What the table calls it."""
         return f"{self.kind} body={self.body_tokens}"
+
+    @property
+    def least_steps(self) -> int:
+        """Training steps whose titles keep all clients busy most of the time."""
+        return math.ceil(3 * self.clients / (STORIES * TITLES)) if self.kind == "titles" else 1
 
     async def send(self, url: str, titles: list[Title]) -> Answers:
         """Send `titles` to the server at `url`."""
@@ -153,14 +162,12 @@ def measure(options: argparse.Namespace, model: str, urls: dict[str, str], conso
     scorer = PlainScorer(model, options.device, options.dtype)
     stories = Stories(AutoTokenizer.from_pretrained(find_model(model).tokenizer))
     device = f"{torch.cuda.get_device_name() if options.device == 'cuda' else 'cpu'}, {options.dtype}"
-    lengths = (QUICK_BODY_TOKENS if options.quick else BODY_TOKENS)[options.model_size]
+    lengths = options.body_tokens or (QUICK_BODY_TOKENS if options.quick else BODY_TOKENS)[options.model_size]
     rows = []
     for body_tokens in lengths:
         titles = stories.steps(1, body_tokens)
         size = best_batch_size(scorer, texts_of(titles), BATCH_SIZES[options.device])
         console.print(f"bodies of {body_tokens} tokens: the limit's best batch size is {size}")
-        for name in SERVERS:
-            asyncio.run(send_steps(urls[name], stories.steps(1, body_tokens), together=True))  # not counted
         loads = [Load("titles", body_tokens, clients) for clients in CLIENTS]
         loads += [Load("burst", body_tokens, 48), Load("batch", body_tokens, 1)]
         for load in loads:
@@ -184,8 +191,15 @@ async def measure_load(
 ) -> Measured:
     """Send fresh stories to everyone in turns, for several rounds."""
     measured = Measured()
+    steps = max(options.steps, load.least_steps)
+    for name, seconds in WARM_UP_S.items():
+        end = time.monotonic() + seconds
+        while True:
+            await load.send(urls[name], stories.steps(steps, load.body_tokens))
+            if time.monotonic() >= end:
+                break
     for number in range(options.rounds):
-        titles = stories.steps(options.steps, load.body_tokens)
+        titles = stories.steps(steps, load.body_tokens)
         turn = number % len(SERVERS)
         answers = {name: await load.send(urls[name], titles) for name in (*SERVERS[turn:], *SERVERS[:turn])}
         for name, answer in answers.items():
@@ -199,9 +213,11 @@ async def measure_load(
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """Put `rows` into the JSON file at `path` in place of what it holds of their device."""
+    """Put `rows` into the JSON file at `path` in place of what it holds of the same loads."""
     loads = json.loads(path.read_text(encoding="utf-8"))["loads"] if path.exists() else []
-    loads = [load for load in loads if load["device"] != rows[0].device] + [asdict(row) for row in rows]
+    measured = {(row.name, row.device, row.clients) for row in rows}
+    kept = [load for load in loads if (load["name"], load["device"], load["clients"]) not in measured]
+    loads = sorted(kept + [asdict(row) for row in rows], key=lambda load: load["device"])
     path.write_text(json.dumps({"loads": loads}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -272,13 +288,14 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="CPU threads of each; unset: PyTorch decides")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="training steps of 8 x 6 titles a round")
+    parser.add_argument("--body-tokens", type=int, nargs="+", help="lengths of the bodies")
     parser.add_argument("--quick", action="store_true", help="fewer body lengths, one round, no JSON")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     parser.add_argument("--requests", type=int, help="send so many titles and look at the memory instead")
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1
-    options.dtype = options.dtype or {"cpu": "float32", "cuda": "bfloat16"}[options.device]
+    options.dtype = options.dtype or {"cpu": "float32", "cuda": "float16"}[options.device]
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     console = Console()

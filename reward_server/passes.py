@@ -10,15 +10,44 @@ on where the stem ends. A text's score is read at its last token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from reward_server.graphs import Graphs
 from tasks.titles.prefixes import Run
 
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _PADDING = -1
+_ATTENTION = "sdpa_with_the_given_mask"
+"""PyTorch's attention without transformers' making of masks: none is a causal one, which the fastest kernels know."""
+
+AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+
+
+class Inputs(NamedTuple):
+    """The integers that both passes read; those of the second have no rows where nothing branches."""
+
+    stems: torch.Tensor
+    """Token ids [rows, stem tokens]; rows with branches come first."""
+    alone: torch.Tensor
+    """Row and column [texts that share nothing, 2] of their last tokens."""
+    branches: torch.Tensor
+    """Token ids [branching rows, branch tokens]."""
+    positions: torch.Tensor
+    """Their places [branching rows, branch tokens] in their texts."""
+    owners: torch.Tensor
+    """To which text each belongs [branching rows, branch tokens], `_PADDING` where to none."""
+    stem_lengths: torch.Tensor
+    """Tokens of each stem [branching rows] without its padding."""
+    ends: torch.Tensor
+    """Row and column [texts that share, 2] of the last token of each branch."""
+
+    def to(self, device: str) -> Inputs:
+        """Return them on `device`."""
+        return Inputs(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def why_no_passes(classifier: Any, max_length: int) -> str | None:
@@ -44,44 +73,34 @@ class DecoderPasses:
     """Scores sorted texts, grouped into runs."""
 
     def __init__(self, classifier: Any, *, pad_id: int, device: str) -> None:
-        """`classifier` is a transformers decoder with a `score` layer, on `device`."""
+        """`classifier` is a transformers decoder with a `score` layer, on `device`; its attention is changed."""
+        classifier.set_attn_implementation(_ATTENTION)
         self._decoder = classifier.base_model
         self._head = classifier.score
         self._pad_id = pad_id
         self._device = device
+        self._graphs = Graphs(self._logits, pad_id, _PADDING) if device == "cuda" else None
 
     @torch.inference_mode()
     def scores(self, texts: Sequence[Sequence[int]], runs: Sequence[Run]) -> list[float]:
         """Return the score of each of `texts`, lists of token ids, which `runs` divide."""
         # Stems with branches come first, so that their keys and values are the first rows.
         rows = sorted(runs, key=lambda run: not run.branches)
-        branching = [run for run in rows if run.branches]
-        alone = rows[len(branching) :]
-        cache = DynamicCache() if branching else None
-        stems = [texts[run.start][: run.shared] for run in rows]
-        hidden = self._decoder(
-            input_ids=self._padded(stems, self._pad_id), past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
-        last = [(row, run.shared - 1) for row, run in enumerate(rows) if not run.branches]
-        order = [run.start for run in alone]
-        found = [_at(hidden, last)]
-        if cache is not None:
-            if alone:
-                cache.batch_select_indices(torch.arange(len(branching), device=self._device))
-            found.append(self._branches(texts, branching, cache, width=hidden.shape[1]))
-            order += [index for run in branching for index in range(run.start, run.end)]
-        logits = self._head(torch.cat(found))[:, 0].float().tolist()
-        return [score for _, score in sorted(zip(order, logits, strict=True))]
+        inputs = self._inputs(texts, rows)
+        logits = None if self._graphs is None else self._graphs.logits(inputs)
+        if logits is None:
+            logits = self._logits(inputs.to(self._device))
+        order = [run.start for run in rows if not run.branches]
+        order += [index for run in rows if run.branches for index in range(run.start, run.end)]
+        return [score for _, score in sorted(zip(order, logits.tolist(), strict=True))]
 
-    def _branches(
-        self, texts: Sequence[Sequence[int]], runs: Sequence[Run], cache: DynamicCache, width: int
-    ) -> torch.Tensor:
-        """Return the hidden states [texts, hidden size] at the end of each branch; stems are `width` tokens wide."""
+    def _inputs(self, texts: Sequence[Sequence[int]], rows: Sequence[Run]) -> Inputs:
         tokens: list[list[int]] = []
         positions: list[list[int]] = []
         owners: list[list[int]] = []
-        last = []
-        for row, run in enumerate(runs):
+        ends = []
+        branching = [run for run in rows if run.branches]
+        for row, run in enumerate(branching):
             tokens.append([])
             positions.append([])
             owners.append([])
@@ -90,32 +109,54 @@ class DecoderPasses:
                 tokens[row] += branch
                 positions[row] += range(run.shared, run.shared + len(branch))
                 owners[row] += [index] * len(branch)
-                last.append((row, len(tokens[row]) - 1))
-        owner = self._padded(owners, _PADDING)
-        count = owner.shape[1]
-        stem_lengths = torch.tensor([run.shared for run in runs], device=self._device)
-        in_stem = torch.arange(width, device=self._device) < stem_lengths[:, None, None]
-        causal = torch.ones(count, count, dtype=torch.bool, device=self._device).tril()
+                ends.append((row, len(tokens[row]) - 1))
+        alone = [(row, run.shared - 1) for row, run in enumerate(rows) if not run.branches]
+        return Inputs(
+            stems=_padded([texts[run.start][: run.shared] for run in rows], self._pad_id),
+            alone=torch.tensor(alone, dtype=torch.long).reshape(-1, 2),
+            branches=_padded(tokens, self._pad_id),
+            positions=_padded(positions, 0),
+            owners=_padded(owners, _PADDING),
+            stem_lengths=torch.tensor([run.shared for run in branching], dtype=torch.long),
+            ends=torch.tensor(ends, dtype=torch.long).reshape(-1, 2),
+        )
+
+    def _logits(self, inputs: Inputs) -> torch.Tensor:
+        """Return the scores [texts]: of those that share nothing, then of the others."""
+        branching = len(inputs.branches)
+        cache = DynamicCache() if branching else None
+        hidden = self._decoder(
+            input_ids=inputs.stems, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+        found = [hidden[inputs.alone[:, 0], inputs.alone[:, 1]]]
+        if cache is not None:
+            if branching < len(inputs.stems):
+                cache.batch_select_indices(torch.arange(branching, device=hidden.device))
+            hidden = self._decoder(
+                input_ids=inputs.branches,
+                attention_mask=self._mask(inputs),
+                position_ids=inputs.positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            found.append(hidden[inputs.ends[:, 0], inputs.ends[:, 1]])
+        return self._head(torch.cat(found))[:, 0].float()
+
+    def _mask(self, inputs: Inputs) -> torch.Tensor:
+        """Return what is added to the attention of branches [branching rows, 1, branch tokens, all tokens]."""
+        width, count, device = inputs.stems.shape[1], inputs.owners.shape[1], inputs.owners.device
+        in_stem = torch.arange(width, device=device) < inputs.stem_lengths[:, None, None]
+        causal = torch.ones(count, count, dtype=torch.bool, device=device).tril()
         # Padding sees itself: a token that sees nothing would make numbers that are none.
-        in_branch = (owner[:, :, None] == owner[:, None]) & causal
+        in_branch = (inputs.owners[:, :, None] == inputs.owners[:, None]) & causal
         seen = torch.cat([in_stem.expand(-1, count, -1), in_branch], dim=2)[:, None]
         dtype = self._decoder.dtype
-        bias = torch.zeros(seen.shape, dtype=dtype, device=self._device).masked_fill_(~seen, torch.finfo(dtype).min)
-        hidden = self._decoder(
-            input_ids=self._padded(tokens, self._pad_id),
-            attention_mask=bias,
-            position_ids=self._padded(positions, 0),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        return _at(hidden, last)
-
-    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-        longest = max(len(row) for row in rows)
-        return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], device=self._device)
+        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def _at(hidden: torch.Tensor, places: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the hidden states [places, hidden size] at (row, column) `places`."""
-    index = torch.tensor(places, dtype=torch.long, device=hidden.device).reshape(-1, 2)
-    return hidden[index[:, 0], index[:, 1]]
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Return `rows` as one tensor, filled up with `value` on the right."""
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long).reshape(
+        len(rows), longest
+    )

@@ -37,7 +37,8 @@ class RewardServerSettings(BaseSettings):
     )
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU; float16 is finer, but not every model fits it"
+        "auto",
+        description="auto: float32 on a CPU; float16 on a GPU, or bfloat16, which is coarser, where a model needs it",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; unset: PyTorch decides")
     max_length: int = Field(4096, ge=16, description="tokens of one text; a longer body is cut, a title never")
