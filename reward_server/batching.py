@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 
 _SIBLINGS_S = 0.02
 """Longest wait for other titles of the same body that are being encoded; reading the body again takes longer."""
-_BURST_S = 0.005
+_BURST_S = 0.01
 """Time in which the requests of one burst arrive."""
+_PAUSE_S = 0.002
+"""A burst is over where nothing came for so long."""
 
 
 class Batcher:
@@ -165,8 +167,13 @@ class Batcher:
             await self._changed.wait()
         expected, self._bursts = self._bursts, False
         self._burst_end = asyncio.get_running_loop().time() + _BURST_S
-        if expected:
-            await asyncio.sleep(_BURST_S)
+        while expected and (left := self._burst_end - asyncio.get_running_loop().time()) > 0:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), min(left, _PAUSE_S))
+            except TimeoutError:
+                if not self._encoding:
+                    return
 
     async def _siblings_of_the_oldest(self) -> None:
         """Wait a moment for texts that would share its body."""

@@ -207,6 +207,7 @@ async def test_the_first_title_of_a_burst_waits_for_the_others(
     http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reward_server.batching._BURST_S", 1.0)
+    monkeypatch.setattr("reward_server.batching._PAUSE_S", 1.0)
     scorer = HeldScorer(prefix_sharing=True)
     async with serving_scorer(scorer) as (url, service):
         first, *others = story(0)
