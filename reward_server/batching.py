@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _SIBLINGS_S = 0.02
 """Longest wait for other titles of the same body that are being encoded; reading the body again takes longer."""
-_BURST_S = 0.01
+_BURST_S = 0.005
 """Time in which the requests of one burst arrive."""
 _PAUSE_S = 0.002
 """A burst is over where nothing came for so long."""

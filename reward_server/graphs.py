@@ -25,7 +25,7 @@ MOST_TOKENS = 16384
 # Few shapes are captured soon, many are padded little.
 _ROWS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _STEM_TOKENS = (*range(32, 256, 32), *range(256, 1024, 128), *range(1024, 4097, 256))
-_BRANCH_TOKENS = (64, 96, 128, 256, 512)
+_BRANCH_TOKENS = (64, 96, 128, 160, 192, 256, 512)
 _TEXTS_A_ROW = 8
 _MOST_GRAPHS = 128
 
