@@ -1,7 +1,8 @@
 # make run   : set up and run the main job on the embedded default
-# make test  : set up and run the tests
+# make test  : set up and run the tests, two files at a time; TEST_WORKERS=4 for four
 PYTHON ?= python3
 PIP_ARGS ?=
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: run test check bench format help
@@ -30,7 +31,8 @@ run: .venv/.run-ready
 	@$(BIN)/hn-titles run
 
 test: .venv/.test-ready
-	$(BIN)/python -m pytest
+	@# In the order of the files: the long ones (tests/integration) come first, the short ones even the end out.
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # make bench : measure the reward server (about ten minutes on two cores); BENCH_ARGS="--quick" for one
 bench: .venv/.test-ready

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # wandb, which TRL and ART import, would report errors to its makers.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+# Commands that the tests start bring a Prefect server along, whose database stands in Prefect's home. Each process that
+# runs tests has a home of its own, for of two servers that create one database at the same time, one fails. Set before
+# anything imports Prefect.
+_prefect_home = tempfile.TemporaryDirectory(prefix="hn-titles-prefect-", ignore_cleanup_errors=True)
+os.environ["PREFECT_HOME"] = _prefect_home.name
 
 
 @pytest.fixture(scope="session")

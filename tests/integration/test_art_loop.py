@@ -234,10 +234,15 @@ async def test_ten_times_the_learning_rate_collapses_and_rings_the_alarm(
         max_empty_batches=20,
         packed_sequence_length=1024,
     )
-    # A collapsed policy may stop the run before the last step (nothing to train on, no readable verdicts on what it
-    # writes): the alarm has rung by then.
+
+    def end_at_the_alarm(progress: Progress) -> None:
+        if progress.metrics.get(names.TRAIN_COLLAPSED):
+            raise RunStopped("The alarm has rung.")
+
+    # A collapsed policy may stop the run by itself (nothing to train on, no readable verdicts on what it writes): the
+    # alarm has rung by then.
     with contextlib.suppress(RunStopped):
-        await run(asked)
+        await run(asked, on_progress=end_at_the_alarm)
     rows = journal_of(asked.run_dir).rows()
     rung = [step for step in sorted(rows) if rows[step].get(names.TRAIN_COLLAPSED)]
     assert rung, {step: row.get(names.TRAIN_REWARD) for step, row in rows.items()}

@@ -9,18 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from tasks.starter.world import generate_stories
 from tasks.titles.config import PROFILES_DIR
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
+STORIES = 240
 SETTINGS = (
+    "stories=stories.jsonl",
+    "minimum_score=0",
+    "test_stories=4",
     "max_steps=3",
     "eval_steps=3",
     "groups_per_step=2",
@@ -34,7 +40,7 @@ MARK = "HN_TITLES_TEST_RUN"
 
 
 def start(folder: Path, engine: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "prefect"), MARK: str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: str(folder)}
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "REWARD_MODEL_URL", "RUNS_DIR"):
         environment.pop(name, None)
     return subprocess.Popen(
@@ -86,6 +92,8 @@ def test_interrupted_then_killed_then_finished_in_one_run(
         return json.loads((tmp_path / "runs" / run / "run.json").read_text())
 
     shutil.copy(PROFILES_DIR / "starter.toml", tmp_path)
+    stories = [json.dumps(asdict(story), default=str) for story in generate_stories(STORIES)]
+    (tmp_path / "stories.jsonl").write_text("\n".join(stories), encoding="utf-8")
     first = start(tmp_path, engine)
     read_until(first, "training steps: 1/3")
     assert len(processes_of(tmp_path)) >= 3, "Prefect's server and the reward server run beside the command"

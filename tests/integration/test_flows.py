@@ -25,6 +25,7 @@ from flows.train import train_titles
 from reward_server.process import RewardServerProcess
 from tasks.engines.checkpoints import complete_steps
 from tasks.engines.resume import checkpoints_folder
+from tasks.health import check_health
 from tasks.starter.world import generate_stories
 from tasks.titles.comparison import Comparison
 from tasks.titles.errors import ConfigError, ServiceRejected, ServiceUnavailable
@@ -181,8 +182,9 @@ def test_every_stage_was_told_to_its_end_and_no_process_is_left(
 
 
 async def test_a_finished_run_is_trained_no_further_and_can_be_evaluated_otherwise(
-    finished: tuple[Evaluation, list[str], set[str]],
+    finished: tuple[Evaluation, list[str], set[str]], reward_server_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("REWARD_MODEL_URL", reward_server_url)
     journal = Path("runs/whole/metrics.jsonl").read_bytes()
     run_id = read_summary("whole")["mlflow_run_id"]
     assert await train_titles("starter", list(SMALL), "whole") == "whole"
@@ -234,7 +236,10 @@ def test_a_comparison_is_in_mlflow_and_in_prefect(compared: Comparison) -> None:
     assert "report.html" in found["comparison"].data and run_id in found["comparison"].data
 
 
-async def test_trained_runs_are_compared_again_without_training(compared: Comparison) -> None:
+async def test_trained_runs_are_compared_again_without_training(
+    compared: Comparison, reward_server_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_MODEL_URL", reward_server_url)
     names = [run.run_name for run in compared.runs]
     journals = {name: Path("runs", name, "metrics.jsonl").read_bytes() for name in names}
     again = await compare_engines(runs=names, run_name="again")
@@ -248,6 +253,9 @@ async def test_a_reward_server_that_is_not_there_ends_the_run_before_training(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("REWARD_MODEL_URL", "http://127.0.0.1:9")
+    # As many tries as ever, with shorter pauses.
+    monkeypatch.setattr("reward_server.client._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(check_health, "retry_delay_seconds", 0.01)
     before = children()
     with pytest.raises(ServiceUnavailable, match=r"127\.0\.0\.1:9"):
         await train_titles("starter", [*SMALL, "seed=5"], "no-judge")

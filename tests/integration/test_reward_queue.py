@@ -57,7 +57,7 @@ async def test_waiters_are_answered_when_the_model_raises(http: httpx.AsyncClien
         for title in titles:
             asking.append(asyncio.create_task(http.post(f"{url}/score", json={**GOOD, "title": title})))
             await wait_for(scorer.entered.is_set)
-        await wait_for(lambda: service.batcher().waiting == 3)
+        await wait_for(lambda: len(service.batcher()._waiting) == 3)
         scorer.door.set()
         first, *others = await asyncio.gather(*asking)
         assert first.status_code == 200
@@ -85,7 +85,7 @@ async def test_waiters_are_answered_when_the_server_stops(http: httpx.AsyncClien
     scorer = HeldScorer()
     async with serving_scorer(scorer, token_budget=64) as (url, service):
         asking = [asyncio.create_task(http.post(f"{url}/score", json=GOOD)) for _ in range(5)]
-        await wait_for(lambda: scorer.entered.is_set() and service.batcher().waiting == 4)
+        await wait_for(lambda: scorer.entered.is_set() and len(service.batcher()._waiting) == 4)
         await service.stop()
         for response in await asyncio.gather(*asking):
             await is_error(response, 503, "not_ready", "stops")
@@ -101,7 +101,7 @@ async def test_texts_of_a_client_that_left_are_dropped(http: httpx.AsyncClient) 
         await wait_for(scorer.entered.is_set)
         leaving = asyncio.create_task(http.post(f"{url}/score/batch", json=[GOOD] * 7))
         batcher = service.batcher()
-        await wait_for(lambda: batcher.waiting == 7)
+        await wait_for(lambda: len(batcher._waiting) == 7)
         leaving.cancel()
         await wait_for(lambda: batcher.waiting == 0)
         assert await figure(http, url, "texts_dropped_total") == 7
@@ -145,7 +145,7 @@ async def test_waiters_are_answered_when_the_worker_fails(
     scorer = HeldScorer()
     async with serving_scorer(scorer, token_budget=64) as (url, service):
         asking = [asyncio.create_task(http.post(f"{url}/score", json=GOOD)) for _ in range(5)]
-        await wait_for(lambda: scorer.entered.is_set() and service.batcher().waiting == 4)
+        await wait_for(lambda: scorer.entered.is_set() and len(service.batcher()._waiting) == 4)
         with monkeypatch.context() as broken:
             broken.setattr("reward_server.batching.choose_batch", lambda *_: 1 / 0)
             scorer.door.set()
@@ -214,7 +214,7 @@ async def test_the_first_title_of_a_burst_waits_for_the_others(
         asking = [asyncio.create_task(http.post(f"{url}/score", json=first))]
         await wait_for(scorer.entered.is_set)
         asking += [asyncio.create_task(http.post(f"{url}/score", json=title)) for title in others]
-        await wait_for(lambda: service.batcher().waiting == 5)
+        await wait_for(lambda: len(service.batcher()._waiting) == 5)
         scorer.door.set()
         await asyncio.gather(*asking)
         await asyncio.gather(*(http.post(f"{url}/score", json=title) for title in story(1)))

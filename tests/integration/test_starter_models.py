@@ -30,6 +30,11 @@ def base():
     return AutoModelForCausalLM.from_pretrained(paths.BASE_MODEL, dtype=torch.float32).eval()
 
 
+@pytest.fixture(scope="module")
+def stories():
+    return world.generate_stories()
+
+
 def test_the_base_model_is_a_small_qwen2_in_bf16(base):
     assert base.config.model_type == "qwen2"
     assert base.num_parameters() <= 6_000_000
@@ -69,10 +74,9 @@ def test_sampled_titles_are_mostly_supported(base, tokenizer):
 
 
 @pytest.mark.parametrize("folder", [paths.REWARD_MODEL, paths.HELDOUT_REWARD_MODEL], ids=lambda path: path.name)
-def test_a_reward_model_predicts_the_test_split_as_its_figures_say(folder, tokenizer):
+def test_a_reward_model_predicts_the_test_split_as_its_figures_say(folder, tokenizer, stories):
     classifier = AutoModelForSequenceClassification.from_pretrained(paths.BASE_MODEL, num_labels=1, dtype=torch.float32)
     model = PeftModel.from_pretrained(classifier, str(folder)).eval()
-    stories = world.generate_stories()
     test = [story for story in stories if story.split == "test"][:300]
     card = json.loads((folder / "figures.json").read_text())
     train = [label(s.score) for s in stories if s.split == "train" and half_of(s.id) == card["half"]]
