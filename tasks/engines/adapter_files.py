@@ -29,7 +29,15 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 def save_training(
     model: PeftModel, optimizer: torch.optim.Optimizer, folder: Path, facts: Mapping[str, object]
 ) -> None:
-    """Write the adapter and its optimiser's state into `folder`, and `facts` of the optimiser for readers.
+    """Write the adapter and its optimiser's state into `folder`; `facts` and errors are those of `save_optimizer`."""
+    save_adapter(model, folder)
+    save_optimizer(model, optimizer, folder, facts)
+
+
+def save_optimizer(
+    model: PeftModel, optimizer: torch.optim.Optimizer, folder: Path, facts: Mapping[str, object]
+) -> None:
+    """Write the state of the adapter's optimiser into `folder`, and `facts` of the optimiser for readers.
 
     The state may be of any optimiser that keeps tensors and numbers per weight; it is stored under the
     weight's name, in the type that it has. Raises `TypeError` for a state that is neither.
@@ -45,7 +53,6 @@ def save_training(
                 numbers[f"{name}/{key}"] = value
             else:
                 raise TypeError(f"{type(optimizer).__name__} keeps a {type(value).__name__} as '{key}' of {name}.")
-    save_adapter(model, folder)
     save_file(tensors, folder / OPTIMIZER)
     text = json.dumps({**facts, NUMBERS: numbers}, indent=2)
     (folder / OPTIMIZER_FACTS).write_text(text + "\n", encoding="utf-8")
@@ -61,8 +68,6 @@ def load_training(
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         adapter = load_file(folder / ADAPTER)
-        tensors = load_file(folder / OPTIMIZER)
-        numbers = json.loads((folder / OPTIMIZER_FACTS).read_text(encoding="utf-8")).get(NUMBERS, {})
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {folder} cannot be read: {error}") from error
     wanted = {"r": lora_rank, "lora_alpha": lora_alpha}
@@ -77,6 +82,20 @@ def load_training(
     strangers = [key for key in outcome.missing_keys if key in weights] + outcome.unexpected_keys
     if strangers:
         raise CheckpointError(f"{folder} holds the adapter of another model: {strangers[:3]}")
+    load_optimizer(model, optimizer, folder)
+
+
+def load_optimizer(model: PeftModel, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Take the optimiser's state from a checkpoint; its own settings stay as they are.
+
+    Raises `CheckpointError` where it is missing or is that of another adapter's optimiser.
+    """
+    try:
+        tensors = load_file(folder / OPTIMIZER)
+        numbers = json.loads((folder / OPTIMIZER_FACTS).read_text(encoding="utf-8")).get(NUMBERS, {})
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"The checkpoint {folder} cannot be read: {error}") from error
+    weights = trained_weights(model)
     state: dict[str, dict[str, Any]] = {}
     for place, value in {**tensors, **numbers}.items():
         name, _, key = place.rpartition("/")

@@ -139,9 +139,8 @@ class _Training:
             names.TIME_TRAIN: trained - rolled_out,
             names.TIME_STEP: ended - started,
             names.THROUGHPUT_TOKENS: tokens_of(rolled.groups) / (ended - started),
+            names.CANARY_MAX_DIFFERENCE: difference,
         }
-        if difference is not None:
-            metrics[names.CANARY_MAX_DIFFERENCE] = difference
         titles: list[dict[str, Any]] = []
         if self._ledger.validation_is_due(step):
             validated, validation = await self._validate(step)

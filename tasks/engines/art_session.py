@@ -1,7 +1,7 @@
 """An open ART backend with its policy: a server of the base model and of every checkpoint, and a trainer.
 
-On a CPU the backend is this project's own subclass of ART's `LocalBackend`; on a GPU it is `LocalBackend`
-itself, where Unsloth trains and vLLM serves.
+The backend is a subclass of ART's `LocalBackend`: on a CPU with a service of this project, on a GPU with ART's own,
+where Unsloth trains and vLLM serves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks.engines.canary import canary_tokens, check_canary
 from tasks.engines.checkpoints import steps_on_disk
-from tasks.engines.context import VALIDATOR_EXTRA_TOKENS, context_tokens
+from tasks.engines.context import context_tokens
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.cpu.settings import CpuSettings
 from tasks.engines.resume import (
@@ -34,10 +34,10 @@ from tasks.titles.rollout import RolloutGroup
 logger = logging.getLogger(__name__)
 
 BASE_MODEL_NAME = "base"
-# Trainer and server share one GPU; the published settings leave the other half to Unsloth.
-GPU_MEMORY_SHARE = 0.5
 # ART computes log-probabilities in chunks of this many tokens; a packed sequence must be a multiple of it.
 LOGPROB_CHUNK = 1024
+# The ranks that vLLM reserves room for; its default is 16.
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 
 class ArtSession:
@@ -115,14 +115,11 @@ class ArtSession:
         self._loaded.add(step)
         return dict(result.metrics)
 
-    async def check_canary(self, step: int) -> float | None:
+    async def check_canary(self, step: int) -> float:
         """Return the largest difference, in nats, between server and trainer on a fixed title at checkpoint `step`.
 
-        Raises `SamplerDisagrees` above the profile's `canary_tolerance`. None on a GPU, where ART's
-        trainer cannot be asked for log-probabilities.
+        Raises `SamplerDisagrees` above the profile's `canary_tolerance`.
         """
-        if self.profile.device == "cuda":
-            return None
         trainer = await self.backend.trainer_logprobs(self.model, self._canary)
         return await check_canary(
             self.model.openai_client(),
@@ -169,10 +166,10 @@ async def open_backend(
 
     disable_progress_bar()
     if profile.device == "cuda":
-        from art.local import LocalBackend
+        from tasks.engines.gpu.backend import GpuBackend
 
-        backend: Any = LocalBackend(path=str(folder))
-        internal_config = gpu_config(profile)
+        backend: Any = GpuBackend(path=str(folder), seed=profile.seed)
+        internal_config = gpu_config(profile, context_tokens(base_model, profile))
     else:
         from tasks.engines.cpu.backend import CpuBackend
 
@@ -220,16 +217,26 @@ def check_art_settings(profile: Profile) -> None:
         )
 
 
-def gpu_config(profile: Profile) -> Any:
-    """Return ART's internal configuration for one GPU: an `art.dev.InternalModelConfig`."""
+def gpu_config(profile: Profile, context_tokens: int) -> Any:
+    """Return ART's internal configuration for one GPU: an `art.dev.InternalModelConfig`.
+
+    `context_tokens` is what vLLM reads at once. Raises `ConfigError` for a rank that vLLM cannot serve.
+    """
     import art
 
     trained = profile.max_prompt_tokens + profile.max_completion_tokens
     return art.dev.InternalModelConfig(
-        init_args=art.dev.InitArgs(max_seq_length=profile.packed_sequence_length or _round_up(trained, 2048)),
+        init_args=art.dev.InitArgs(
+            max_seq_length=profile.packed_sequence_length or _round_up(trained, 2048),
+            # ART's default is 4-bit weights, whose probabilities are not those that vLLM samples with.
+            load_in_4bit=profile.art.load_in_4bit,
+        ),
         # vLLM's share of the memory counts here; `init_args.gpu_memory_utilization` does not reach it.
         engine_args=art.dev.EngineArgs(
-            gpu_memory_utilization=GPU_MEMORY_SHARE, max_model_len=trained + VALIDATOR_EXTRA_TOKENS
+            gpu_memory_utilization=profile.art.vllm_memory_share,
+            max_model_len=context_tokens,
+            dtype="bfloat16",  # Unsloth's, whatever the files hold
+            max_lora_rank=_vllm_rank(profile.lora_rank),
         ),
         peft_args=art.dev.PeftArgs(r=profile.lora_rank, lora_alpha=profile.lora_alpha, random_state=profile.seed),
         # ART's default optimiser, paged_adamw_8bit, takes CUDA managed memory; the plain 8-bit one does not.
@@ -244,6 +251,13 @@ def server_config() -> Any:
     return art.dev.OpenAIServerConfig(
         server_args={"host": "127.0.0.1", "served_model_name": BASE_MODEL_NAME}  # type: ignore[typeddict-unknown-key]
     )
+
+
+def _vllm_rank(rank: int) -> int:
+    for reserved in VLLM_RANKS:
+        if rank <= reserved:
+            return reserved
+    raise ConfigError(f"vLLM serves adapters of rank {VLLM_RANKS[-1]} at most, but lora_rank is {rank}. Lower it.")
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -22,6 +22,7 @@ MAY_DIFFER = NEUTRAL_SETTINGS | {
     "loss",
     "updates_per_step",
     "packed_sequence_length",
+    "art",
     "trl",
     "devices",
 }

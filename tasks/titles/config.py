@@ -55,6 +55,19 @@ class Losses(BaseModel):
     trl: Literal["dapo", "grpo", "cispo"] = "dapo"
 
 
+class ArtSettings(BaseModel):
+    """What only ART's backend on a GPU needs to know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vllm_memory_share: float = Field(
+        0.75, gt=0, lt=1, description="share of the GPU's memory for vLLM, which gives it back while the policy trains"
+    )
+    load_in_4bit: bool = Field(
+        False, description="train on 4-bit base weights, which need less memory; vLLM samples with 16-bit ones"
+    )
+
+
 class TrlSettings(BaseModel):
     """What only TRL's trainer needs to know."""
 
@@ -139,6 +152,9 @@ class Profile(BaseModel):
     )
     packed_sequence_length: int | None = Field(
         None, description="ART: tokens per packed training sequence; unset: rounded up to a multiple of 2,048"
+    )
+    art: ArtSettings = Field(
+        default_factory=lambda: ArtSettings.model_validate({}), description="settings of ART's backend on a GPU alone"
     )
     trl: TrlSettings = Field(
         default_factory=lambda: TrlSettings.model_validate({}), description="settings of TRL's trainer alone"

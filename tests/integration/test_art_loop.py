@@ -210,12 +210,23 @@ async def test_prompts_beyond_the_context_are_refused_at_the_start(tmp_path: Pat
 def test_what_art_is_told_on_a_gpu(name: str) -> None:
     own = load_profile(name)
     check_art_settings(own)
-    config = gpu_config(own)
-    assert config["init_args"] == {"max_seq_length": 8192}
-    assert config["engine_args"] == {"gpu_memory_utilization": 0.5, "max_model_len": 8448}
+    config = gpu_config(own, 8448)
+    assert config["init_args"] == {"max_seq_length": 8192, "load_in_4bit": False}
+    assert config["engine_args"] == {
+        "gpu_memory_utilization": 0.75,
+        "max_model_len": 8448,
+        "dtype": "bfloat16",
+        "max_lora_rank": 16,
+    }
     assert config["peft_args"] == {"r": 8, "lora_alpha": 8, "random_state": 1}
     assert config["trainer_args"] == {"max_grad_norm": 0.1, "optim": "adamw_8bit"}
     assert server_config()["server_args"]["served_model_name"] == "base"
+
+
+def test_a_rank_that_vllm_cannot_serve_is_refused() -> None:
+    assert gpu_config(load_profile("qwen-0.5b", ["lora_rank=40"]), 8448)["engine_args"]["max_lora_rank"] == 64
+    with pytest.raises(ConfigError, match="512 at most"):
+        gpu_config(load_profile("qwen-0.5b", ["lora_rank=600"]), 8448)
 
 
 @pytest.mark.slow

@@ -295,9 +295,15 @@ class HttpServer:
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="sampling-http", daemon=True
-        )
+        self._thread = threading.Thread(target=self._serve, name="sampling-http", daemon=True)
+
+    def _serve(self) -> None:
+        # uvicorn's own `run` calls asyncio's with an argument that nest_asyncio, which ART applies, does not know.
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(self._server.serve(sockets=[self._socket]))
+        finally:
+            loop.close()
 
     def start(self) -> None:
         """Return once requests are taken."""

@@ -25,6 +25,7 @@ from tasks.engines.ledger import Ledger
 from tasks.engines.resume import adapter_folder, engine_folder, stored_state
 from tasks.engines.training_state import TrainingState, first_state
 from tasks.engines.trl_engine.arguments import grpo_arguments, lora_arguments, optimizer_settings, warmup_factor
+from tasks.engines.trl_engine.merged_weights import push_merged_weights
 from tasks.engines.trl_engine.reward import TitleRewards
 from tasks.engines.trl_engine.sampler import CpuGeneration, install
 from tasks.engines.trl_engine.seeds import TitleSeeds
@@ -96,6 +97,8 @@ def train(request: TrainingRequest, mlflow_run_id: str) -> None:
         if profile.device == "cpu":
             generation = CpuGeneration(model, max_tokens=profile.max_completion_tokens, seed_of=seeds.seed, cores=cores)
             install(trainer, generation)
+        elif not profile.trl.unsloth:  # whose vLLM shares the trainer's base weights and loads adapters
+            push_merged_weights(trainer)
         callback.attach(trainer)
         if stored is None:
             callback.start()

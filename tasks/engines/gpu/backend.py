@@ -1,0 +1,42 @@
+"""ART's `LocalBackend` on GPUs: Unsloth trains, vLLM serves, and the trainer can be asked what it thinks."""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+from art import TrainableModel
+from art.dev.get_model_config import get_model_config
+from art.dev.validate import is_dedicated_mode, validate_dedicated_config
+from art.local.service import ModelService
+from art.utils.output_dirs import get_model_dir
+from mp_actors import move_to_child_process
+
+from tasks.engines.art_backend import TitleBackend
+
+
+class GpuBackend(TitleBackend):
+    """`LocalBackend` with this project's service, in the same process that ART would run its own in."""
+
+    def __init__(self, *, path: str, seed: int) -> None:
+        super().__init__(path=path, seed=seed, in_process=False)
+
+    async def _get_service(self, model: TrainableModel) -> ModelService:
+        if model.name not in self._services:
+            folder = get_model_dir(model=model, art_path=self._path)
+            config = get_model_config(base_model=model.base_model, output_dir=folder, config=model._internal_config)
+            validate_dedicated_config(config)
+            dedicated = is_dedicated_mode(config)
+            # Unsloth must be imported before everything that it rewrites; ART's package does so for this variable.
+            os.environ["IMPORT_UNSLOTH"] = "1"
+            if dedicated:
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config["trainer_gpu_ids"]))
+            # Imported here, as ART does it: it needs Unsloth's TRL.
+            from tasks.engines.gpu.service import GpuService
+
+            service = GpuService(model_name=model.name, base_model=model.base_model, config=config, output_dir=folder)
+            own_process = not dedicated
+            self._services[model.name] = cast(
+                ModelService, move_to_child_process(service, process_name="model-service") if own_process else service
+            )
+        return self._services[model.name]
