@@ -1,10 +1,12 @@
 # make run   : set up and run the main job on the embedded default
+# make up    : start Prefect, MLflow, the reward server and a worker in the background; UP_ARGS="--port-mlflow 5001"
+# make down  : stop them
 # make test  : set up and run the tests
 PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run test check bench format help
+.PHONY: run up down test check bench format help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -28,6 +30,12 @@ check: .venv/.test-ready
 
 run: .venv/.run-ready
 	@$(BIN)/hn-titles run
+
+up: .venv/.run-ready
+	@$(BIN)/hn-titles up $(UP_ARGS)
+
+down: .venv/.run-ready
+	@$(BIN)/hn-titles down
 
 test: .venv/.test-ready
 	$(BIN)/python -m pytest

@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from prefect import flow
 
+from flows.form import (
+    Engine,
+    GroupSize,
+    LearningRate,
+    MaxSteps,
+    Overrides,
+    ProfileName,
+    RunName,
+    Seed,
+    Stories,
+    filled_in,
+    training_fields,
+)
 from flows.progress import tell
 from tasks.data import prepare_prompts_task
 from tasks.engines.training_state import MAY_CHANGE
@@ -22,19 +35,42 @@ from tasks.training import describe_step, train_policy, training_request
 
 @flow(name="train", flow_run_name=flow_run_label, persist_result=False, retries=0)
 async def train_titles(
-    profile: str = "starter", overrides: list[str] | None = None, run_name: str | None = None, fresh: bool = False
+    profile: ProfileName = "starter",
+    overrides: Overrides = None,
+    run_name: RunName = None,
+    fresh: bool = False,
+    engine: Engine = None,
+    stories: Stories = None,
+    max_steps: MaxSteps = None,
+    learning_rate: LearningRate = None,
+    group_size: GroupSize = None,
+    seed: Seed | None = None,
 ) -> str:
     """Train a policy to write titles and return the run's name.
 
     Args:
-        profile: name of a profile, or path of a .toml file
-        overrides: settings that differ from the profile's, each `key=value`
+        profile: settings to start from
+        overrides: other settings that differ from the profile's, each `key=value`
         run_name: run to continue or to start; empty: the newest unfinished run of this very profile, or a new one
         fresh: start a new run even where one could be continued
+        engine: what trains, art (our loop, OpenPipe ART) or trl (TRL's GRPOTrainer); empty: the profile's
+        stories: 'starter', a .parquet or .jsonl file, or a hub data set's name; empty: the profile's
+        max_steps: policy updates; empty: the profile's
+        learning_rate: of the engine that trains; empty: the profile's
+        group_size: titles per prompt; empty: the profile's
+        seed: decides the order of stories and the sampling; empty: the profile's
     """
     settings = Settings()
+    fields = training_fields(
+        engine=engine,
+        stories=stories,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        group_size=group_size,
+        seed=seed,
+    )
     run = open_run(
-        load_profile(profile, overrides or []),
+        load_profile(profile, filled_in(overrides, fields)),
         runs_dir=settings.runs_dir,
         run_name=run_name,
         fresh=fresh,

@@ -14,6 +14,7 @@ from tasks.titles.config import Profile
 from tasks.titles.evaluation import EvaluatedTitle, Evaluator
 from tasks.titles.reward_model_quality import reward_model_quality
 from tasks.titles.rollout import Endpoint
+from tasks.titles.ruler import Ruler, ruler_of
 from tasks.titles.run_directory import RunDirectory, write_json, write_text
 from tasks.titles.sources import load_stories
 from tasks.titles.story import Prompt
@@ -48,6 +49,14 @@ async def evaluate_titles(
     failed = sum(title.failure is not None for title in titles)
     get_run_logger().info("%d titles of %d stories, %d without a judgement", len(titles), len(prompts), failed)
     return titles
+
+
+@task(name="note what is measured with", cache_policy=NO_CACHE, persist_result=False)
+async def measured_with(profile: Profile, prompts: Sequence[Prompt], client: RewardClient) -> Ruler:
+    """Return what titles of these prompts are measured with, as the reward server stands now."""
+    ruler = ruler_of(profile, prompts, (await client.health()).version)
+    get_run_logger().info("Measured with %s", ruler.as_dict())
+    return ruler
 
 
 @task(name="compare reward model with upvotes", cache_policy=NO_CACHE, persist_result=False)

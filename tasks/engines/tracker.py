@@ -32,7 +32,8 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
 # After a failure, calls only queue for this long: a server that hangs must not cost every step its time-out.
 RETRY_PAUSE_S = 30.0
-_STEP_PARAM = "step"
+STEP_PARAM = "step"
+"""The parameter of a checkpoint's LoggedModel that says which step it is."""
 
 
 class MlflowTracker:
@@ -234,7 +235,7 @@ class MlflowTracker:
                 source_run_id=self.run_id,
                 model_type="peft-adapter",
                 params={
-                    _STEP_PARAM: str(step),
+                    STEP_PARAM: str(step),
                     "engine": run.data.params.get("engine", ""),
                     "base_model": run.data.params.get("base_model", ""),
                 },
@@ -261,8 +262,8 @@ class MlflowTracker:
             [self.experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
         )
         for model in models:
-            if _STEP_PARAM in model.params:
-                self._models[int(model.params[_STEP_PARAM])] = (model.model_id, str(model.status) == "READY")
+            if STEP_PARAM in model.params:
+                self._models[int(model.params[STEP_PARAM])] = (model.model_id, str(model.status) == "READY")
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -278,7 +279,7 @@ def _experiment(client: Any, tracking_uri: str) -> str:
     existing = client.get_experiment_by_name(EXPERIMENT)
     if existing is not None:
         return str(existing.experiment_id)
-    database = _sqlite_file(tracking_uri)
+    database = sqlite_file(tracking_uri)
     artifacts = (database.parent / "mlartifacts").as_uri() if database else None
     return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
@@ -306,13 +307,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sqlite_file(tracking_uri: str) -> Path | None:
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """Return the database file that a tracking URI names, None where it names no SQLite database."""
     prefix = "sqlite:///"
     return Path(tracking_uri.removeprefix(prefix)).resolve() if tracking_uri.startswith(prefix) else None
 
 
 def _prepare_folders(tracking_uri: str) -> None:
-    database = _sqlite_file(tracking_uri)
+    database = sqlite_file(tracking_uri)
     if database:
         database.parent.mkdir(parents=True, exist_ok=True)
 
