@@ -39,7 +39,8 @@ def correlations(predicted: Sequence[float], labels: Sequence[float]) -> dict[st
     Raises `ValueError` for fewer than three pairs or a side without spread.
     """
     guesses, truth = np.asarray(predicted, float), np.asarray(labels, float)
-    if len(truth) < 3 or truth.std() == 0 or guesses.std() == 0:
+    # Not the standard deviation alone: of three times 0.1 it is 1e-17.
+    if len(truth) < 3 or any(np.ptp(side) == 0 or side.std() == 0 for side in (truth, guesses)):
         raise ValueError("Correlations need at least three pairs with some spread on both sides.")
     return {
         "pearson": float(np.corrcoef(guesses, truth)[0, 1]),

@@ -19,7 +19,7 @@ from tasks.titles.child_process import ChildProcess
 HEAD = """
 import os, signal, subprocess, sys, time
 from tasks.titles.child_process import ChildProcess, end_with_stdin
-def hello(name): print("here is", name, os.getpid(), flush=True)
+def hello(name): os.write(1, f"here is {name} {os.getpid()}\\n".encode())  # in one piece: several write to one log
 def start(code, **options): return subprocess.Popen([sys.executable, "-u", "-c", code], **options)
 """
 IGNORE_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
