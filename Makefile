@@ -6,7 +6,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: run up down test check bench format help
+.PHONY: run up down test test-containers check bench format help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,6 +39,11 @@ down: .venv/.run-ready
 
 test: .venv/.test-ready
 	$(BIN)/python -m pytest
+
+# make test-containers: check the Dockerfile, job templates and Kubernetes files with their own validators
+test-containers: .venv/.test-ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,containers]'
+	$(BIN)/python -m pytest tests/containers
 
 # make bench : measure the reward server (about ten minutes on two cores); BENCH_ARGS="--quick" for one
 bench: .venv/.test-ready

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from flows.cli_options import ProfileOption
+from flows.deployment_plan import PoolType
 from flows.execute import prepare_environment
 
 app = typer.Typer()
@@ -22,8 +23,20 @@ def deploy(
             exists=True,
             file_okay=False,
             resolve_path=True,
-            help="Where the workers' runs work: the folder of runs/ and .env. Without it a new work pool takes the "
-            "present folder, and one that exists keeps its own.",
+            help="Where the workers' runs work: the folder of runs/ and .env; containers have it at /work. Without it "
+            "a new work pool takes the present folder, and one that exists keeps its own.",
+        ),
+    ] = None,
+    pool_type: Annotated[
+        PoolType | None,
+        typer.Option(help="What workers make of a flow run. Without it what prefect.yaml says: process."),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The containers' image without its tag, such as registry.example.com/hn-titles. Without it a work "
+            "pool that exists keeps its own.",
         ),
     ] = None,
 ) -> None:
@@ -38,6 +51,8 @@ def deploy(
       hn-titles deploy
 
       hn-titles deploy --profile qwen-0.5b
+
+      hn-titles deploy --profile qwen-0.5b --pool-type kubernetes --image registry.example.com/hn-titles
     """
     import asyncio
 
@@ -47,7 +62,7 @@ def deploy(
     from tasks.titles.config import Settings, load_profile
 
     settings = Settings()
-    plan = read_plan(load_profile(profile), profile)
+    plan = read_plan(load_profile(profile), profile, pool_type=pool_type)
     prepare_environment()
     configured_api(settings.prefect_api_url)
 
@@ -66,6 +81,7 @@ def deploy(
             plan,
             read_automations(),
             working_dir=working_dir,
+            image=image,
             webhook_url=webhook.get_secret_value() if webhook else None,
             on_applied=say,
         )

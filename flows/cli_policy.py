@@ -96,6 +96,8 @@ def suggest(
     logs = settings.runs_dir / ".cache"
     logs.mkdir(parents=True, exist_ok=True)
     with output_to(logs / "suggest.log") as (_, screen), Bars(screen, {**STAGES, "titles": "titles"}) as bars:
+        # Libraries and MLflow take their time, too.
+        bars("judges", 0, None, "")
         from tasks.engines.suggest import chosen_writer
         from tasks.engines.suggest import suggest as suggest_titles
 

@@ -46,7 +46,9 @@ def up(
 
     State, logs and Prefect's database are in runs/services; MLflow's is runs/mlflow.db, as without a server. For
     PostgreSQL set PREFECT_API_DATABASE_CONNECTION_URL=postgresql+asyncpg://... and MLFLOW_BACKEND_STORE_URI=postgresql://...
-    (pip install 'psycopg[binary]' for the latter).
+    (pip install 'hn-titles[postgres]' for the latter).
+
+    With PREFECT_API_AUTH_STRING=user:password Prefect's server asks for these; set it where --host lets others in.
 
     Examples:
 
@@ -56,9 +58,10 @@ def up(
 
       hn-titles up --profile qwen-0.5b --pool gpu
     """
+    from flows.deployment_plan import read_plan
     from flows.terminal import plain_console
     from tasks.services import launcher
-    from tasks.services.plan import service_options
+    from tasks.services.plan import pool_name, service_options
     from tasks.starter.paths import REWARD_MODEL, resolve
     from tasks.titles.config import ConfiguredSettings, load_profile
 
@@ -68,6 +71,10 @@ def up(
     settings = ConfiguredSettings()
     console = plain_console(stderr=True)
     prepare_environment()
+    from flows.job_templates import job_template
+
+    pools = {one.name: one for one in read_plan(wanted, profile, pool_type="process").work_pools}
+    own = pools.get(pool_name(options, wanted.device))
     # A terminal that closes is an interruption as well: what was started is stopped.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
@@ -78,6 +85,7 @@ def up(
         explicit_ports={name: port for name, port in ports.items() if port},
         reward_model=resolve(wanted.reward_model, REWARD_MODEL),
         device=wanted.device,
+        job_template=job_template(own, None, working_dir=None, image=None) if own else None,
         tell=lambda title, what: console.print(f"{title}: {what}", soft_wrap=True),
     )
     _show_status()

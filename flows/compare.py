@@ -56,7 +56,7 @@ async def compare_engines(
         chosen = await train_missing(profile, overrides, seeds or SEEDS)
         wanted = load_profile(profile, overrides)
     home = open_comparison(wanted, settings.runs_dir, run_name)
-    with home.locked(), tracked(home, settings.tracking_uri) as tracker:
+    with home.locked(), tracked(home, settings.tracking_uri, "comparison") as tracker:
         prompts = prepare_prompts_task(home.profile, settings.runs_dir / ".cache")
         compared = [compared_run(run) for run in chosen]
         # Says what is missing before anything is judged.

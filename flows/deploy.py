@@ -3,16 +3,15 @@
 Exclusive deployments of a pool share one global concurrency limit. Prefect's own `deploy` cannot do that: it gives each
 deployment a limit of its own, and the limit of a pool or a queue counts runs whose process is gone. A slot of the
 shared limit is leased: it comes free when its run ends or is found dead, and in any case five minutes after its
-process was last heard of.
+process was last heard of. Prefect deletes the limit with any deployment that has it; applied again, it is back.
 
-What people switch in the UI stays so: whether a schedule or an automation is on, and a pool's working directory.
+What people switch in the UI stays so: whether a schedule or an automation is on, and where a pool's runs work.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,16 +29,14 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
-from prefect.workers.process import ProcessWorker
 from pydantic import SecretStr
 
 from flows.deployment_plan import Deployment, Plan, WorkPool, wants_webhook, with_webhook
-from flows.execute import ENVIRONMENT
+from flows.form import form_schema
+from flows.job_templates import job_template
 from tasks.titles.errors import ServiceUnavailable
 
 WEBHOOK_BLOCK = "hn-titles-notifications"
-HEARTBEAT = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
-"""What a run that died is told by; 30 seconds is the shortest that Prefect sends."""
 
 Outcome = Literal["created", "updated", "unchanged", "skipped"]
 
@@ -62,13 +59,17 @@ async def apply_plan(
     automations: list[dict[str, Any]],
     *,
     working_dir: Path | None = None,
+    image: str | None = None,
     webhook_url: str | None = None,
     on_applied: Listener = lambda _: None,
 ) -> list[Applied]:
     """Create what is missing, update what differs, and say what became of each item.
 
-    `working_dir` is where the process pools' runs work: it holds runs/ and .env. None keeps what a pool has, and
-    gives a new one the present directory. Raises `ServiceUnavailable` where the server does not answer.
+    `working_dir` is where the pools' runs work: it holds runs/ and .env. None keeps what a pool has, and gives a new
+    one the present directory. `image` is the containers' image without its tag; None keeps what a pool has.
+
+    Raises `ConfigError` where a pool's type has no use for one of them, and `ServiceUnavailable` where the server does
+    not answer.
     """
     applied: list[Applied] = []
 
@@ -80,7 +81,7 @@ async def apply_plan(
         async with get_client() as client:
             limits = {}
             for pool in plan.work_pools:
-                tell(await _apply_pool(client, pool, working_dir))
+                tell(await _apply_pool(client, pool, working_dir, image))
                 limits[pool.name], item = await _apply_limit(client, pool)
                 tell(item)
             for entry in plan.deployments:
@@ -98,32 +99,23 @@ async def apply_plan(
     return applied
 
 
-async def _apply_pool(client: PrefectClient, pool: WorkPool, working_dir: Path | None) -> Applied:
+async def _apply_pool(client: PrefectClient, pool: WorkPool, working_dir: Path | None, image: str | None) -> Applied:
     try:
         found = await client.read_work_pool(pool.name)
     except ObjectNotFound:
-        template = _job_template(str(working_dir or Path.cwd()))
+        template = job_template(pool, None, working_dir=working_dir, image=image)
         await client.create_work_pool(
             WorkPoolCreate(name=pool.name, type=pool.type, description=pool.description, base_job_template=template)
         )
         return Applied("work pool", pool.name, "created")
     if found.type != pool.type:
-        return Applied("work pool", pool.name, "unchanged", f"a pool of type {found.type} is used as it is")
-    present = found.base_job_template["variables"]["properties"]["working_dir"].get("default")
-    template = _job_template(str(working_dir) if working_dir else present or str(Path.cwd()))
+        note = f"it is of type {found.type} and used as it is; for {pool.type} delete it first"
+        return Applied("work pool", pool.name, "unchanged", note)
+    template = job_template(pool, found.base_job_template, working_dir=working_dir, image=image)
     if (found.description, found.base_job_template) == (pool.description, template):
         return Applied("work pool", pool.name, "unchanged")
     await client.update_work_pool(pool.name, WorkPoolUpdate(description=pool.description, base_job_template=template))
     return Applied("work pool", pool.name, "updated")
-
-
-def _job_template(working_dir: str) -> dict[str, Any]:
-    """Return the process worker's own template with the environment that flows expect and the place they work in."""
-    template = deepcopy(ProcessWorker.get_default_base_job_template())
-    properties = template["variables"]["properties"]
-    properties["env"]["default"] = {**ENVIRONMENT, **HEARTBEAT}
-    properties["working_dir"]["default"] = working_dir
-    return template
 
 
 async def _apply_limit(client: PrefectClient, pool: WorkPool) -> tuple[str, Applied]:
@@ -149,7 +141,9 @@ async def _apply_deployment(client: PrefectClient, entry: Deployment, limit_id: 
         "tags": entry.tags,
         "work_pool_name": entry.work_pool.name,
         "parameters": entry.parameters,
-        "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json"),
+        "parameter_openapi_schema": form_schema(
+            parameter_schema(flow).model_dump(mode="json"), {name: entry.parameters[name] for name in entry.fixed}
+        ),
         "enforce_parameter_schema": True,
         "pull_steps": [],
         "global_concurrency_limit_id": limit_id,

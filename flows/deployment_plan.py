@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tasks.titles.config import PROFILES_DIR, Profile
 from tasks.titles.errors import ConfigError
@@ -16,6 +16,10 @@ PREFECT_FILE = PROFILES_DIR.parent / "prefect.yaml"
 AUTOMATIONS_FILE = PROFILES_DIR.parent / "automations.yaml"
 CPU_POOL = "cpu"
 """Where everything goes with a profile that computes on the CPU."""
+PoolType = Literal["process", "docker", "kubernetes"]
+"""What a worker makes of a flow run: a process, a container or a Kubernetes job."""
+CONTAINER_GRACE_S = 1800
+"""How long a run in a container has its slot before it must have started: an image is pulled, a node is started."""
 WEBHOOK = "webhook"
 """Stands in an automation's action for the block of the address to tell."""
 
@@ -28,9 +32,12 @@ class WorkPool(_Part):
     """Machines of one kind."""
 
     name: str
-    type: Literal["process"]
+    type: PoolType
     at_once: int = Field(ge=1, description="runs of exclusive deployments that work at the same time")
     description: str
+    jobs: dict[PoolType, dict[str, Any]] = Field(
+        default_factory=dict, description="by the pool's type, what its runs get in place of the template's defaults"
+    )
 
     @property
     def limit_name(self) -> str:
@@ -79,7 +86,15 @@ class Deployment(_Part):
     work_pool: PoolName
     concurrency_limit: ConcurrencyLimit | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
+    fixed: list[str] = Field(default_factory=list, description="parameters whose form offers nothing else")
     schedules: list[Schedule] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fixed_have_values(self) -> Deployment:
+        unset = sorted(set(self.fixed) - set(self.parameters))
+        if unset:
+            raise ValueError(f"deployment {self.name} fixes {unset}, which its parameters do not set")
+        return self
 
 
 class Plan(BaseModel):
@@ -96,11 +111,13 @@ class Plan(BaseModel):
         return next(pool for pool in self.work_pools if pool.name == name)
 
 
-def read_plan(profile: Profile, profile_name: str, path: Path = PREFECT_FILE) -> Plan:
+def read_plan(
+    profile: Profile, profile_name: str, path: Path = PREFECT_FILE, *, pool_type: PoolType | None = None
+) -> Plan:
     """Read `path` and fit it to a profile, which becomes the default of every form that offers one.
 
-    With a profile that computes on the CPU all deployments go to the pool `cpu`. Raises `ConfigError` where the
-    file is not usable.
+    With a profile that computes on the CPU all deployments go to the pool `cpu`. `pool_type` takes the place of every
+    pool's own. Raises `ConfigError` where the file is not usable.
     """
     try:
         plan = Plan.model_validate(_read_yaml(path))
@@ -109,9 +126,11 @@ def read_plan(profile: Profile, profile_name: str, path: Path = PREFECT_FILE) ->
     unknown = {entry.work_pool.name for entry in plan.deployments} - {pool.name for pool in plan.work_pools}
     if unknown:
         raise ConfigError(f"{path} has deployments for the work pools {sorted(unknown)}, which it does not define.")
-    return plan.model_copy(
-        update={"deployments": [_fitted(entry, profile, profile_name) for entry in plan.deployments]}
-    )
+    pools = [pool.model_copy(update={"type": pool_type or pool.type}) for pool in plan.work_pools]
+    types = {pool.name: pool.type for pool in pools}
+    fitted = [_fitted(entry, profile, profile_name) for entry in plan.deployments]
+    deployments = [_with_grace(entry, types[entry.work_pool.name]) for entry in fitted]
+    return plan.model_copy(update={"work_pools": pools, "deployments": deployments})
 
 
 def read_automations(path: Path = AUTOMATIONS_FILE) -> list[dict[str, Any]]:
@@ -141,6 +160,13 @@ def _fitted(entry: Deployment, profile: Profile, profile_name: str) -> Deploymen
         changes["work_pool"] = PoolName(name=CPU_POOL)
         changes["tags"] = list(dict.fromkeys(CPU_POOL if tag == "gpu" else tag for tag in entry.tags))
     return entry.model_copy(update=changes)
+
+
+def _with_grace(entry: Deployment, pool_type: PoolType) -> Deployment:
+    if pool_type == "process" or entry.concurrency_limit is None:
+        return entry
+    limit = entry.concurrency_limit.model_copy(update={"grace_period_seconds": CONTAINER_GRACE_S})
+    return entry.model_copy(update={"concurrency_limit": limit})
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tasks.titles.run_directory import find_run
 from tasks.titles.summary import Evaluation, evaluate_figures
 from tasks.tracking import flow_run_label, show_results, tracked
 from tasks.training import base_model_of, checkpoint_folders, training_facts
+from tasks.watching import name_after
 
 
 @flow(name="evaluate", flow_run_name=flow_run_label, persist_result=False, retries=0)
@@ -37,6 +38,7 @@ async def evaluate_run(
     settings = Settings()
     changes = filled_in(overrides, {"test_stories": test_stories})
     run = find_run(settings.runs_dir, run_name=run_name, profile_name=profile, overrides=changes)
+    await name_after(run)
     with run.locked(), tracked(run, settings.tracking_uri) as tracker:
         started = time.monotonic()
         training = training_facts(run)

@@ -64,3 +64,32 @@ def training_fields(
         "group_size": group_size,
         "seed": seed,
     }
+
+
+def form_schema(schema: Mapping[str, Any], fixed: Mapping[str, str]) -> dict[str, Any]:
+    """Return the schema of a flow's parameters as a deployment's form shows it best.
+
+    A parameter that may be left empty becomes a plain field: with Prefect's own «type or None» one has to choose the
+    type before one can fill it in. The server takes null for it all the same. A choice keeps its None, which the
+    server would refuse without. What is `fixed` has its value as the only choice, and `overrides` comes last.
+    """
+    fields = {name: _form_field(field) for name, field in schema["properties"].items()}
+    for name, value in fixed.items():
+        kept = {key: fields[name][key] for key in ("title", "position")}
+        fields[name] = {
+            **kept,
+            "type": "string",
+            "enum": [value],
+            "default": value,
+            "description": f"always {value} in this deployment",
+        }
+    if "overrides" in fields:
+        fields["overrides"]["position"] = len(fields)
+    return {**schema, "properties": fields}
+
+
+def _form_field(field: Mapping[str, Any]) -> dict[str, Any]:
+    offered = [one for one in field.get("anyOf", ()) if one != {"type": "null"}]
+    if len(offered) != 1 or "enum" in offered[0]:
+        return dict(field)
+    return {**{key: value for key, value in field.items() if key not in {"anyOf", "default"}}, **offered[0]}

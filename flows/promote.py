@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prefect import flow
 
+from flows.form import Overrides, ProfileName, RunName
 from flows.progress import tell
 from tasks.data import prepare_prompts_task
 from tasks.engines.policy_registry import PolicyRegistry
@@ -19,7 +22,7 @@ from tasks.training import base_model_of
 
 @flow(name="promote", flow_run_name=flow_run_label, persist_result=False, retries=0)
 async def promote_run(
-    run_name: str | None = None, profile: str | None = None, overrides: list[str] | None = None
+    run_name: RunName = None, profile: ProfileName | None = None, overrides: Overrides = None
 ) -> Decision:
     """Register the best checkpoint of an evaluated run; make it champion where it is better than the present one.
 
@@ -34,14 +37,22 @@ async def promote_run(
         found = read_candidate(run)
         registry = PolicyRegistry(run.profile.registered_name, settings.tracking_uri)
         candidate = register_candidate(run, tracker, registry, found.policy)
-        champion = present_champion(registry)
-        different = different_ruler(candidate, champion)
-        if champion and different:
-            candidate, champion = await rematch(run, settings, registry, candidate, champion)
-        decision = decide(candidate, champion, found.base, judged_again=different)
-        carry_out(registry, decision)
+        decision = None
+        while decision is None or not carry_out(registry, decision, settings.runs_dir / ".cache"):
+            decision = await set_against_champion(run, settings, registry, candidate, found.base)
         await show_decision(run, tracker, decision)
     return decision
+
+
+async def set_against_champion(
+    run: RunDirectory, settings: Settings, registry: PolicyRegistry, candidate: Version, base: Mapping[str, float]
+) -> Decision:
+    """Compare the candidate with the present champion, after a rematch where other things were measured with."""
+    champion = present_champion(registry)
+    different = different_ruler(candidate, champion)
+    if champion and different:
+        candidate, champion = await rematch(run, settings, registry, candidate, champion)
+    return decide(candidate, champion, base, judged_again=different)
 
 
 async def rematch(

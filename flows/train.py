@@ -19,18 +19,20 @@ from flows.form import (
 )
 from flows.progress import tell
 from tasks.data import prepare_prompts_task
+from tasks.engines.contract import Progress
 from tasks.engines.training_state import MAY_CHANGE
 from tasks.health import reward_server
 from tasks.titles.config import Settings, load_profile
 from tasks.titles.run_directory import open_run, write_json
 from tasks.tracking import (
+    describe_training,
     flow_run_label,
-    follow_training,
+    links,
     peak_memory_of,
-    show_validation_titles,
     tracked,
 )
 from tasks.training import describe_step, train_policy, training_request
+from tasks.watching import name_after, training_page
 
 
 @flow(name="train", flow_run_name=flow_run_label, persist_result=False, retries=0)
@@ -77,6 +79,7 @@ async def train_titles(
         until="trained",
         may_change=MAY_CHANGE,
     )
+    await name_after(run)
     with run.locked(), tracked(run, settings.tracking_uri) as tracker:
         tell("stories", 0)
         prompts = prepare_prompts_task(
@@ -87,13 +90,20 @@ async def train_titles(
         async with reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge:
             tell("reward server", 1, 1)
             request = training_request(run, prompts, judge.base_url, settings)
-            listener = await follow_training(
-                run, tracker, lambda step: tell("training", step.step, step.max_steps, describe_step(step))
-            )
             tell("training", 0, run.profile.max_steps, "starting")
-            with peak_memory_of(run):
-                result = await train_policy(request, tracker=tracker, on_progress=listener)
-        tracker.log_reward_curve(result.best_step)
-        await show_validation_titles(run)
+            async with training_page(run, links(run, tracker), tell_step) as listener:
+                with peak_memory_of(run):
+                    result = await train_policy(
+                        request,
+                        tracker=tracker,
+                        on_progress=listener,
+                        dask_address=settings.dask_scheduler_address,
+                    )
+        describe_training(run, tracker, result)
         run.update(state="trained")
     return run.name
+
+
+def tell_step(progress: Progress) -> None:
+    """Tell the command line's bars of a step."""
+    tell("training", progress.step, progress.max_steps, describe_step(progress))

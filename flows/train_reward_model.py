@@ -48,7 +48,7 @@ async def train_reward_model(
     }
     wanted = load_profile(profile, filled_in(overrides, fields))
     run = open_reward_run(wanted, settings.runs_dir, run_name=run_name, fresh=fresh)
-    with run.locked(), tracked(run, settings.tracking_uri) as tracker:
+    with run.locked(), tracked(run, settings.tracking_uri, "reward model") as tracker:
         tell("stories", 0)
         labelled = label_stories(run.profile)
         tell("stories", 1, 1, labelled.as_line())

@@ -16,9 +16,10 @@ from tasks.titles.reward_model_quality import reward_model_quality
 from tasks.titles.rollout import Endpoint
 from tasks.titles.ruler import Ruler, ruler_of
 from tasks.titles.run_directory import RunDirectory, write_json, write_text
+from tasks.titles.run_note import run_note
 from tasks.titles.sources import load_stories
 from tasks.titles.story import Prompt
-from tasks.titles.summary import Evaluation, markdown, metrics
+from tasks.titles.summary import Evaluation, gain_sentence, markdown, markdown_table, metrics, table_rows
 
 
 @task(name="evaluate titles", cache_policy=NO_CACHE, persist_result=False)
@@ -80,4 +81,7 @@ def store_evaluation(run: RunDirectory, tracker: MlflowTracker, evaluation: Eval
         tracker.log_checkpoint_metrics(evaluation.training.steps, metrics(evaluation, "last"))
     for name in ("summary.json", "report.md"):
         tracker.log_file(run.path / name)
+    report = f"Titles and all figures: [report.md]({tracker.page('report.md')})."
+    results = [gain_sentence(evaluation), markdown_table(table_rows(evaluation)), report]
+    tracker.describe(run_note(run, "training", results))
     get_run_logger().info("Figures in %s", run.summary_path)

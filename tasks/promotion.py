@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.artifacts import acreate_markdown_artifact
@@ -75,11 +76,20 @@ async def judge_both_again(
 
 
 @task(name="carry out decision", cache_policy=NO_CACHE, persist_result=False)
-def carry_out(registry: PolicyRegistry, decision: Decision) -> None:
-    """Move the alias where the decision says so."""
-    if decision.promoted:
-        registry.crown(decision.candidate, decision.reason)
+def carry_out(registry: PolicyRegistry, decision: Decision, lock_folder: Path) -> bool:
+    """Move the alias where the decision says so, and write the reason to the version.
+
+    Returns False where another promotion has moved it meanwhile: then the decision says nothing any more.
+    """
+    if decision.promoted and not registry.crown(
+        decision.candidate, instead_of=decision.champion, lock_folder=lock_folder
+    ):
+        get_run_logger().info("Another promotion came first; the candidate is set against the new champion.")
+        return False
+    if decision.difference is not None:
+        registry.describe(decision.candidate, decision.reason)
     get_run_logger().info("%s", decision.reason)
+    return True
 
 
 @task(name="show decision", cache_policy=NO_CACHE, persist_result=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -73,11 +74,28 @@ class PolicyRegistry:
             found = self._client.get_model_version(self.name, version.number)
             self._store(found.tags["logged_model"], version.policy)
 
-    def crown(self, version: Version, reason: str) -> None:
-        """Move the alias `champion` to `version`, and write the reason to its description."""
-        with self._asked(f"make {version.uri} the champion"):
-            self._client.update_model_version(self.name, version.number, description=reason)
+    def describe(self, version: Version, text: str) -> None:
+        """Replace the description of a version."""
+        with self._asked(f"describe {version.uri}"):
+            self._client.update_model_version(self.name, version.number, description=text)
+
+    def crown(self, version: Version, *, instead_of: Version | None, lock_folder: Path) -> bool:
+        """Move the alias `champion` to `version` if it still stands at `instead_of`; return whether it did.
+
+        MLflow has no such step that nothing can come between: a file in `lock_folder` keeps other processes of this
+        machine out, and promotions on other machines have the milliseconds between asking and moving.
+        """
+        lock_folder.mkdir(parents=True, exist_ok=True)
+        with (
+            (lock_folder / f"champion-{self.name}.lock").open("w") as lock,
+            self._asked(f"make {version.uri} the champion"),
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            present = self._aliases().get(CHAMPION)
+            if (present and str(present)) != (instead_of and instead_of.number):
+                return False
             self._client.set_registered_model_alias(self.name, CHAMPION, version.number)
+            return True
 
     @contextmanager
     def adapter(self, version: Version) -> Iterator[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -27,6 +28,7 @@ from tasks.services.state import (
 from tasks.titles.child_process import end_of_log
 from tasks.titles.config import ConfiguredSettings
 from tasks.titles.errors import ConfigError, ServiceUnavailable
+from tasks.titles.run_directory import write_json
 
 # Four interpreters that import at the same time, and databases that are created, on a laptop.
 _START_TIMEOUT_S = 300.0
@@ -58,11 +60,14 @@ def up(
     explicit_ports: Mapping[str, int],
     reward_model: str,
     device: str,
+    job_template: Mapping[str, Any] | None = None,
     tell: Listener,
 ) -> None:
     """Start what is not running yet and wait until it is well; what was started is stopped where anything fails.
 
     A service whose address the settings give is left out. What died since the last `up` gets its old port again.
+    `job_template` is what the worker's pool starts with where there is none yet: a worker looks only every 30 seconds
+    whether its pool is another one by now.
 
     Raises `ConfigError` where a port is taken or other ports are asked for while services run, `ServiceUnavailable`
     with the end of the log where a service ends or is not well in time.
@@ -80,7 +85,18 @@ def up(
         processes.stop(gone, () if running else state.marks)
         ports = choose_ports(options.host, wanted, TITLES)
         known = {record.name: int(record.address.rpartition(":")[2]) for record in running}
-        services = plan(options, settings, {**known, **ports}, reward_model=reward_model, device=device)
+        template = None
+        if job_template:
+            template = services_folder(runs_dir).resolve() / "job_template.json"
+            write_json(template, job_template)
+        services = plan(
+            options,
+            settings,
+            {**known, **ports},
+            reward_model=reward_model,
+            device=device,
+            job_template=template,
+        )
         _start([service for service in services if service.name in ports], state, settings, tell)
 
 
@@ -194,7 +210,7 @@ def _is_ready(service: Service, settings: ConfiguredSettings) -> bool:
     if service.ready is None:
         return True
     url, expected = service.ready
-    code, text = _ask(url, health_headers(service.name, settings))
+    code, text = _ask(url, service.ready_headers)
     return code == 200 and expected in text
 
 

@@ -52,7 +52,7 @@ class ChildProcess:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._socket, its_stdin = socket.socketpair()
         with its_stdin, log_path.open("ab") as log:
-            self._log_start = log.tell()
+            self._log_start = self._log_read = log.tell()
             try:
                 self._process = subprocess.Popen(
                     list(command),
@@ -103,6 +103,17 @@ class ChildProcess:
     def log_end(self, lines: int = _LOG_LINES) -> str:
         """Return the last lines of what this process wrote, to stand behind the message of an error."""
         return end_of_log(self.log_path, since=self._log_start, lines=lines)
+
+    def new_lines(self) -> list[str]:
+        """Return the lines that came to the log since the last call; one that is being written waits for its end."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_read)
+            written = log.read()
+        whole = len(written) if self._cleared else written.rfind(b"\n") + 1
+        self._log_read += whole
+        # Of a progress bar, which draws over itself, the last state counts.
+        lines = (line.rpartition("\r")[2].rstrip() for line in written[:whole].decode("utf-8", "replace").split("\n"))
+        return [line for line in lines if line]
 
     def _clear(self) -> None:
         """After the process has ended: kill the rest of its group and end the standard input of all others."""

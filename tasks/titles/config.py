@@ -206,6 +206,9 @@ class ConfiguredSettings(BaseSettings):
     hf_endpoint: str | None = None
     mlflow_tracking_uri: str | None = Field(default=None, description="unset: SQLite in the runs directory")
     prefect_api_url: str | None = None
+    dask_scheduler_address: str | None = Field(
+        default=None, description="a Dask cluster for ART's rollouts, tcp://host:port; unset: they run with the loop"
+    )
     notification_webhook_url: SecretStr | None = Field(
         default=None,
         description="where `hn-titles deploy` has failed and stuck runs told: JSON with a text, as Slack takes",

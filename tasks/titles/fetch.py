@@ -105,9 +105,10 @@ async def _address(target: httpx.URL, allow_private: bool) -> str:
     addresses = [str(entry[4][0]) for entry in found]
     hidden = [address for address in addresses if not _is_public(address)]
     if hidden and not allow_private:
+        resolved = "" if target.host == hidden[0] else f" ({hidden[0]})"
         raise ConfigError(
-            f"'{target.host}' is {hidden[0]}, which is no public address: a page must not lead into this machine or "
-            "its network. If it is meant, allow it with --allow-private."
+            f"{target.host}{resolved} is no public address: a page must not lead into this machine or its network. "
+            "If it is meant, allow it with --allow-private."
         )
     return addresses[0]
 

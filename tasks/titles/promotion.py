@@ -120,17 +120,14 @@ class Decision:
         if self.difference is None:
             return f"{name} is the champion already."
         told = f"{self.difference.mean:+.3f} ({self.difference.low:+.3f} to {self.difference.high:+.3f})"
-        few = (
-            f" With {self.stories} test {'story' if self.stories == 1 else 'stories'} the interval says little."
-            if self.stories < FEWEST_STORIES
-            else ""
-        )
-        figures = f"reward minus that of {self.opponent}, on the same {self.stories} test stories: {told}.{few}"
+        stories = "test story" if self.stories == 1 else "test stories"
+        few = f" With {self.stories} {stories} the interval says little." if self.stories < FEWEST_STORIES else ""
+        figures = f"Its reward minus that of the other, on the same {self.stories} {stories}: {told}.{few}"
         if self.promoted:
-            return f"{name} is the new champion; its {figures}"
-        stays = f"{self.opponent} stays champion" if self.champion else "there is no champion yet"
+            return f"{name} is the new champion: it is surely above {self.opponent}. {figures}"
         how = "below" if self.difference.high < 0 else "not surely above"
-        return f"{name} is not promoted and {stays}: it is {how} it; its {figures}"
+        stays = ", which stays champion" if self.champion else ", and there is no champion yet"
+        return f"{name} is not promoted: it is {how} {self.opponent}{stays}. {figures}"
 
     def markdown(self, links: Sequence[str] = ()) -> str:
         """Return the decision as Markdown; `links` are lines that lead to MLflow and the run directory."""

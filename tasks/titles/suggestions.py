@@ -75,6 +75,8 @@ class Suggestions:
         notes = []
         if self.read < self.characters:
             notes.append(f"The text was cut to its first {self.read:,} of {self.characters:,} characters to fit.")
+        if self.titles and not any(one.supported for one in self.titles):
+            notes.append("The text supports none of these titles: each says something that it does not.")
         if self.blank:
             notes.append(f"{self.blank} of {self.written} titles were blank.")
         if self.failed:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,14 +43,17 @@ def policy(step: int = 10) -> JudgedPolicy:
     return JudgedPolicy("mine", step, PROFILE, RULER, {"1": 2.0, "2": 3.0})
 
 
-def test_a_champion_is_found_again_with_its_files(uri: str, tracker: MlflowTracker) -> None:
+def test_a_champion_is_found_again_with_its_files(uri: str, tracker: MlflowTracker, tmp_path: Path) -> None:
     registry = PolicyRegistry("round-trip", uri)
     assert registry.champion() is None
     first, second = (registry.register(tracker.run_id, policy(step)) for step in (10, 20))
     assert (first.uri, second.uri) == ("models:/round-trip/1", "models:/round-trip/2")
     assert registry.champion() is None
+    before = None
     for version in (first, second):
-        registry.crown(version, "It is better.")
+        registry.describe(version, "It is better.")
+        assert registry.crown(version, instead_of=before, lock_folder=tmp_path)
+        before = version
         # Another process finds it.
         assert PolicyRegistry("round-trip", uri).champion() == version
         with registry.adapter(version) as folder:
@@ -59,9 +64,36 @@ def test_a_champion_is_found_again_with_its_files(uri: str, tracker: MlflowTrack
     assert held.description == "It is better." and held.tags["step"] == "20" and held.run_id == tracker.run_id
 
 
-def test_a_checkpoint_is_one_version_with_its_newest_evaluation(uri: str, tracker: MlflowTracker) -> None:
+@pytest.mark.parametrize("there_was_a_champion", [False, True])
+def test_of_two_promotions_at_once_one_moves_the_champion(
+    there_was_a_champion: bool, uri: str, tracker: MlflowTracker, tmp_path: Path
+) -> None:
+    registry = PolicyRegistry(f"race-{there_was_a_champion}", uri)
+    first, second = (registry.register(tracker.run_id, policy(step)) for step in (10, 20))
+    before = first if there_was_a_champion else None
+    if before:
+        assert registry.crown(before, instead_of=None, lock_folder=tmp_path)
+    ready = threading.Barrier(4)
+
+    def promote(version: Version) -> bool:
+        own = PolicyRegistry(registry.name, uri)
+        own.champion()
+        ready.wait(timeout=30)
+        return own.crown(version, instead_of=before, lock_folder=tmp_path)
+
+    with ThreadPoolExecutor(4) as pool:
+        moved = list(pool.map(promote, [second] * 4))
+    assert sorted(moved) == [False, False, False, True]
+    assert registry.champion() == second
+    assert not registry.crown(first, instead_of=before, lock_folder=tmp_path)
+    assert registry.champion() == second
+
+
+def test_a_checkpoint_is_one_version_with_its_newest_evaluation(
+    uri: str, tracker: MlflowTracker, tmp_path: Path
+) -> None:
     registry = PolicyRegistry("once", uri)
-    registry.crown(registry.register(tracker.run_id, policy()), "first")
+    registry.crown(registry.register(tracker.run_id, policy()), instead_of=None, lock_folder=tmp_path)
     later = replace(policy(), rewards={"1": 5.0}, ruler=replace(RULER, reward_model="newer"))
     assert registry.register(tracker.run_id, later).number == "1"
     assert registry.champion() == Version("once", "1", later)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -16,11 +16,10 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from flows.promote import promote_run
 from flows.run import run_titles
 from tasks.engines.policy_registry import PolicyRegistry
-from tasks.engines.tracker import MlflowTracker
 from tasks.starter.world import generate_stories
 from tasks.titles.config import default_tracking_uri
 from tasks.titles.errors import ConfigError
-from tasks.titles.promotion import Decision, Version, read_candidate
+from tasks.titles.promotion import Decision, Version, decide, read_candidate
 from tasks.titles.run_directory import find_run
 
 pytestmark = [pytest.mark.usefixtures("prefect_harness"), pytest.mark.slow]
@@ -28,8 +27,9 @@ pytestmark = [pytest.mark.usefixtures("prefect_harness"), pytest.mark.slow]
 SMALL = (
     "stories=stories.jsonl",
     "minimum_score=0",
-    "max_steps=1",
+    "max_steps=2",
     "eval_steps=1",
+    "prefect_rollouts=false",
     "groups_per_step=2",
     "group_size=4",
     "val_stories=2",
@@ -41,25 +41,27 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, prefect_harness: None) -> Path:
-    """A folder with one evaluated run."""
+def workplace(tmp_path_factory: pytest.TempPathFactory, prefect_harness: None, reward_server_url: str) -> Path:
+    """A folder with one evaluated run, which keeps the checkpoints of steps 0, 1 and 2."""
     folder = tmp_path_factory.mktemp("workplace")
     rows = [json.dumps(asdict(story), default=lambda value: value.isoformat()) for story in generate_stories(200)]
     (folder / "stories.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    home = os.getcwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        inside_of(folder, reward_server_url, patch)
         asyncio.run(run_titles("starter", list(SMALL), "mine"))
-    finally:
-        os.chdir(home)
     return folder
 
 
+def inside_of(folder: Path, reward_server_url: str, patch: pytest.MonkeyPatch) -> None:
+    patch.chdir(folder)
+    for name in ("MLFLOW_TRACKING_URI", "HELDOUT_REWARD_MODEL_URL", "RUNS_DIR"):
+        patch.delenv(name, raising=False)
+    patch.setenv("REWARD_MODEL_URL", reward_server_url)
+
+
 @pytest.fixture(autouse=True)
-def inside(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
-    for name in ("MLFLOW_TRACKING_URI", "REWARD_MODEL_URL", "HELDOUT_REWARD_MODEL_URL", "RUNS_DIR"):
-        monkeypatch.delenv(name, raising=False)
+def inside(workplace: Path, reward_server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside_of(workplace, reward_server_url, monkeypatch)
 
 
 async def page(name: str) -> str:
@@ -76,18 +78,27 @@ def champion_number(name: str) -> str | None:
     return None if number is None else str(number)
 
 
-def crowned(name: str, **changes: object) -> tuple[PolicyRegistry, Version]:
-    """Make the run's checkpoint of another step the champion of `name`, with an evaluation that is made up."""
+def registered(name: str, place: int = 0, **changes: object) -> tuple[PolicyRegistry, Version]:
+    """Register a checkpoint of the run that is not its best, with an evaluation that is made up."""
     run = find_run(Path("runs"), run_name="mine")
-    uri = default_tracking_uri(Path("runs"))
-    tracker = MlflowTracker.open(
-        run.profile, run_name="mine", tracking_uri=uri, resume_run_id=run.record().mlflow_run_id
-    )
     policy = read_candidate(run).policy
-    registry = PolicyRegistry(name, uri)
-    champion = registry.register(tracker.run_id, replace(policy, step=1 - policy.step, **changes))  # type: ignore[arg-type]
-    registry.crown(champion, "for the tests")
-    return registry, champion
+    step = [step for step in (0, 1, 2) if step != policy.step][place]
+    registry = PolicyRegistry(name, default_tracking_uri(Path("runs")))
+    run_id = run.record().mlflow_run_id
+    assert run_id is not None
+    return registry, registry.register(run_id, replace(policy, step=step, **changes))  # type: ignore[arg-type]
+
+
+def crowned(name: str, **changes: object) -> PolicyRegistry:
+    """Make such a checkpoint the first champion of `name`."""
+    registry, champion = registered(name, **changes)
+    assert registry.crown(champion, instead_of=None, lock_folder=Path("runs/.cache"))
+    return registry
+
+
+def level(height: float) -> dict[str, float]:
+    """Return rewards of the run's test stories, all the same."""
+    return dict.fromkeys(read_candidate(find_run(Path("runs"), run_name="mine")).policy.rewards, height)
 
 
 async def test_the_first_candidate_is_set_against_the_base_model() -> None:
@@ -101,24 +112,44 @@ async def test_the_first_candidate_is_set_against_the_base_model() -> None:
     assert decision.reason in told and "MLflow" in told and str(decision.candidate.policy.step) in told
 
 
-@pytest.mark.parametrize(("name", "level", "promoted"), [("low", -50.0, True), ("high", 50.0, False)])
+@pytest.mark.parametrize(("name", "height", "promoted"), [("low", -50.0, True), ("high", 50.0, False)])
 async def test_a_champion_of_the_same_stories_is_beaten_by_figures_alone(
-    name: str, level: float, promoted: bool
+    name: str, height: float, promoted: bool
 ) -> None:
-    policy = read_candidate(find_run(Path("runs"), run_name="mine")).policy
-    crowned(name, rewards=dict.fromkeys(policy.rewards, level))
+    crowned(name, rewards=level(height))
     decision = await promote_run("mine", overrides=[f"registered_name={name}"])
     assert decision.promoted is promoted and decision.judged_again == ()
-    assert decision.opponent_mean == level
+    assert decision.opponent_mean == height
     assert champion_number(name) == (decision.candidate.number if promoted else "1")
+    client = MlflowClient(default_tracking_uri(Path("runs")))
+    assert client.get_model_version(name, decision.candidate.number).description == decision.reason
     again = await promote_run("mine", overrides=[f"registered_name={name}"])
     assert (again.difference is None) is promoted, "a champion is set against itself"
     assert champion_number(name) == ("2" if promoted else "1")
 
 
+async def test_a_champion_that_came_meanwhile_is_the_one_to_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = crowned("meanwhile", rewards=level(-50.0))
+    before = registry.champion()
+    _, other = registered("meanwhile", 1, rewards=level(50.0))
+    decisions: list[Decision] = []
+
+    def decide_while_another_promotes(*arguments: Any, **options: Any) -> Decision:
+        decisions.append(decide(*arguments, **options))
+        if len(decisions) == 1:
+            assert registry.crown(other, instead_of=before, lock_folder=Path("runs/.cache"))
+        return decisions[-1]
+
+    monkeypatch.setattr("flows.promote.decide", decide_while_another_promotes)
+    decision = await promote_run("mine", overrides=["registered_name=meanwhile"])
+    assert [one.promoted for one in decisions] == [True, False] and decision == decisions[-1]
+    assert decision.champion == other and champion_number("meanwhile") == other.number
+    assert decision.reason in await page("promote-mine")
+
+
 async def test_a_champion_of_other_judges_is_judged_again_with_the_candidate() -> None:
     policy = read_candidate(find_run(Path("runs"), run_name="mine")).policy
-    registry, _ = crowned(
+    registry = crowned(
         "rematch",
         rewards={"a story that is gone": 99.0},
         ruler=replace(policy.ruler, reward_model="older", stories="others"),

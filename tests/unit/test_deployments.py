@@ -19,11 +19,13 @@ from flows.deployment_plan import (
     AUTOMATIONS_FILE,
     PREFECT_FILE,
     Deployment,
+    PoolType,
     read_automations,
     read_plan,
     wants_webhook,
     with_webhook,
 )
+from flows.form import form_schema
 from tasks.titles.config import load_profile, profile_names
 from tasks.titles.errors import ConfigError
 
@@ -42,7 +44,10 @@ def deployment(name: str) -> Deployment:
 
 
 def schema_of(name: str) -> dict[str, Any]:
-    return parameter_schema(flow_of(deployment(name))).model_dump(mode="json")
+    """Return the schema of a deployment's form."""
+    entry = deployment(name)
+    fixed = {field: entry.parameters[field] for field in entry.fixed}
+    return form_schema(parameter_schema(flow_of(entry)).model_dump(mode="json"), fixed)
 
 
 def test_prefect_reads_the_same_deployments() -> None:
@@ -66,9 +71,12 @@ def test_its_flow_takes_its_parameters(entry: Deployment) -> None:
 
 
 @pytest.mark.parametrize("entry", ON_A_GPU.deployments, ids=lambda entry: entry.name)
-def test_every_field_of_its_form_is_described(entry: Deployment) -> None:
-    fields = parameter_schema(flow_of(entry)).properties
-    assert fields and all(field.get("description") for field in fields.values()), fields
+def test_every_field_of_its_form_is_described_and_has_a_place(entry: Deployment) -> None:
+    fields = schema_of(entry.name)["properties"]
+    assert fields and all(field["title"] == name and field["description"] for name, field in fields.items()), fields
+    places = {field["position"]: name for name, field in fields.items()}
+    assert len(places) == len(fields)
+    assert places[min(places)] in {"profile", "run_name"} and places[max(places)] == "overrides"
 
 
 @pytest.mark.parametrize("entry", ON_A_GPU.deployments, ids=lambda entry: entry.name)
@@ -97,10 +105,15 @@ def test_a_profile_on_the_cpu_takes_everything_to_the_cpu_pool() -> None:
     ("name", "field", "expected"),
     [
         ("train-art", "profile", {"enum": profile_names(), "type": "string"}),
-        ("train-art", "engine", {"enum": ["art", "trl"], "type": "string"}),
+        ("train-art", "engine", {"enum": ["art"], "default": "art", "type": "string"}),
+        ("train-trl", "engine", {"enum": ["trl"], "default": "trl", "type": "string"}),
+        ("nightly", "engine", {"enum": ["art", "trl"], "type": "string"}),
         ("train-art", "max_steps", {"minimum": 1, "maximum": 100_000, "type": "integer"}),
         ("train-art", "learning_rate", {"exclusiveMinimum": 0, "maximum": 0.1, "type": "number"}),
         ("train-art", "group_size", {"minimum": 2, "maximum": 64, "type": "integer"}),
+        ("train-trl", "seed", {"minimum": 0, "maximum": 2**32 - 1, "type": "integer"}),
+        ("train-art", "fresh", {"type": "boolean", "default": False}),
+        ("compare", "seeds", {"minItems": 1, "maxItems": 20, "type": "array"}),
         ("train-reward-model", "train_until", {"format": "date", "type": "string"}),
         ("evaluate", "test_stories", {"minimum": 1, "maximum": 100_000, "type": "integer"}),
         ("prepare-data", "minimum_score", {"minimum": 0, "maximum": 10_000, "type": "integer"}),
@@ -117,7 +130,8 @@ def test_forms_have_choices_and_ranges(name: str, field: str, expected: dict[str
     [
         ("train-art", {"profile": "nope"}),
         ("train-art", {"max_steps": 0}),
-        ("train-art", {"engine": "ppo"}),
+        ("train-art", {"engine": "trl"}),
+        ("nightly", {"engine": "ppo"}),
         ("train-art", {"overrides": ["max_steps"]}),
         ("train-art", {"run_name": "../x"}),
         ("compare", {"seeds": []}),
@@ -129,6 +143,24 @@ def test_forms_refuse_what_cannot_work(name: str, parameters: dict[str, Any]) ->
         validate(parameters, schema_of(name), raise_on_error=True, ignore_required=True)
 
 
+@pytest.mark.parametrize("entry", ON_A_GPU.deployments, ids=lambda entry: entry.name)
+def test_every_field_may_be_left_empty_or_null(entry: Deployment) -> None:
+    schema = schema_of(entry.name)
+    may_be_null = [name for name, field in schema["properties"].items() if "default" not in field]
+    assert may_be_null
+    for parameters in (entry.parameters, {**entry.parameters, **dict.fromkeys(may_be_null)}):
+        validate(parameters, schema, raise_on_error=True)
+
+
+@pytest.mark.parametrize(("pool_type", "seconds"), [(None, 180), ("docker", 1800), ("kubernetes", 1800)])
+def test_a_run_in_a_container_has_longer_to_start(pool_type: PoolType | None, seconds: int) -> None:
+    plan = read_plan(load_profile("qwen-0.5b"), "qwen-0.5b", pool_type=pool_type)
+    assert {pool.type for pool in plan.work_pools} == {pool_type or "process"}
+    limits = [entry.concurrency_limit for entry in plan.deployments]
+    assert {limit.grace_period_seconds for limit in limits if limit} == {seconds}
+    assert limits[0] is None
+
+
 def test_an_unusable_file_is_named(tmp_path: Path) -> None:
     text = PREFECT_FILE.read_text()
     broken = tmp_path / "prefect.yaml"
@@ -137,6 +169,7 @@ def test_an_unusable_file_is_named(tmp_path: Path) -> None:
         (("work_pool: {name: cpu}", "work_pool: {name: tpu}"), r"work pools \['tpu'\]"),
         (("at_once: 1", "at_most: 1"), "at_most"),
         (("limit: 1", "limit: [1"), "cannot be read"),
+        (("fixed: [engine]", "fixed: [seed]"), r"fixes \['seed'\]"),
     ]:
         broken.write_text(text.replace(*change, 1))
         with pytest.raises(ConfigError, match=message):
@@ -153,9 +186,9 @@ def test_the_nights_last_step_is_there() -> None:
 def test_automations_are_what_prefect_takes() -> None:
     found = [with_webhook(automation, BLOCK) for automation in read_automations()]
     assert [AutomationCore.model_validate(automation).name for automation in found] == [
-        "hn-titles run died", "hn-titles run failed", "hn-titles run stuck",
+        "hn-titles run died", "hn-titles run never started", "hn-titles run failed", "hn-titles run stuck",
     ]  # fmt: skip
-    assert [wants_webhook(automation) for automation in read_automations()] == [False, True, True]
+    assert [wants_webhook(automation) for automation in read_automations()] == [False, False, True, True]
 
 
 def test_automations_watch_every_flow_that_is_deployed() -> None:

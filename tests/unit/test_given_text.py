@@ -128,7 +128,7 @@ async def test_what_cannot_be_used_is_told(
 
 
 async def test_a_private_address_is_asked_only_when_told(site: str) -> None:
-    with pytest.raises(ConfigError, match=r"127\.0\.0\.1, which is no public address.*--allow-private"):
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1 is no public address.*--allow-private"):
         await read_text(f"{site}/page")
 
 

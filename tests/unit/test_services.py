@@ -40,8 +40,9 @@ DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 
 @pytest.fixture(autouse=True)
 def nothing_is_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = ("PREFECT_API_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI", "REWARD_MODEL_API_KEY", "RUNS_DIR")
-    for name in (*ADDRESS_VARIABLES, *names):
+    databases = ("PREFECT_API_DATABASE_CONNECTION_URL", "MLFLOW_BACKEND_STORE_URI")
+    others = ("PREFECT_API_AUTH_STRING", "MLFLOW_SERVER_ALLOWED_HOSTS", "REWARD_MODEL_API_KEY", "RUNS_DIR")
+    for name in (*ADDRESS_VARIABLES, *databases, *others):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -206,9 +207,12 @@ def test_everything_is_kept_in_the_runs_directory_unless_databases_are_given(
 
     Path(".env").write_text(
         f"{key}=postgresql+asyncpg://me:secret@db/p\nMLFLOW_BACKEND_STORE_URI=postgresql://me:secret@db/m\n"
-        "REWARD_MODEL_API_KEY=secret\n"
+        "REWARD_MODEL_API_KEY=secret\nPREFECT_API_AUTH_STRING=me:secret\n"
     )
     served = planned()
+    assert served["prefect"].environment["PREFECT_SERVER_API_AUTH_STRING"] == "me:secret"
+    assert served["worker"].environment["PREFECT_API_AUTH_STRING"] == "me:secret"
+    assert served["worker"].ready_headers == {"Authorization": "Basic bWU6c2VjcmV0"} and "secret" not in repr(served)
     assert served["prefect"].environment[key] == "postgresql+asyncpg://me:secret@db/p"
     assert served["mlflow"].environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@db/m"
     assert served["reward"].environment["REWARD_SERVER_API_KEY"] == "secret"
@@ -230,6 +234,17 @@ def test_the_worker_is_for_the_pool_of_its_machine(device: str, pool: str | None
     )
 
 
+def test_a_worker_brings_the_pool_that_it_wants_where_there_is_none(tmp_path: Path) -> None:
+    def command(template: Path | None) -> tuple[str, ...]:
+        *_, worker = plan(
+            service_options(), ConfiguredSettings(), PORTS, reward_model="/m", device="cpu", job_template=template
+        )
+        return worker.command
+
+    assert command(tmp_path)[-2:] == ("--base-job-template", str(tmp_path))
+    assert "--base-job-template" not in command(None)
+
+
 def test_a_server_that_listens_everywhere_is_asked_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://head:4200/api")
     services = plan(
@@ -242,6 +257,26 @@ def test_a_server_that_listens_everywhere_is_asked_on_this_machine(monkeypatch: 
     reward, worker = services
     assert reward.health_url == "http://127.0.0.1:3/health" and "0.0.0.0" in reward.command
     assert worker.environment["PREFECT_API_URL"] == "http://head:4200/api" and worker.after is None
+
+
+@pytest.mark.parametrize(
+    ("host", "set_", "expected"),
+    [
+        ("127.0.0.1", None, None),
+        ("0.0.0.0", "only.this", None),
+        ("0.0.0.0", None, rf"127\.0\.0\.1:\*.*,172\.31\.\*,.*{re.escape(socket.gethostname())}:\*"),
+    ],
+)
+def test_mlflow_knows_this_machines_names_where_others_reach_it(
+    host: str, set_: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "MLFLOW_SERVER_ALLOWED_HOSTS"
+    if set_:
+        monkeypatch.setenv(name, set_)
+    options = service_options(host=host)
+    (mlflow,) = plan(options, ConfiguredSettings(), {"mlflow": 1}, reward_model="/m", device="cpu")
+    hosts = mlflow.environment.get(name)
+    assert (hosts is None) if expected is None else re.search(expected, hosts or "")
 
 
 # --- processes -------------------------------------------------------------------------------------
