@@ -1,11 +1,13 @@
 # make run   : set up and run the main job on the embedded default
+# make up    : start Prefect, MLflow, the reward server and a worker in the background; UP_ARGS="--port-mlflow 5001"
+# make down  : stop them
 # make test  : set up and run the tests, two files at a time; TEST_WORKERS=4 for four
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_WORKERS ?= 2
 BIN := .venv/bin
 
-.PHONY: run test check bench format help
+.PHONY: run up down test test-containers check bench format help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -30,9 +32,20 @@ check: .venv/.test-ready
 run: .venv/.run-ready
 	@$(BIN)/hn-titles run
 
+up: .venv/.run-ready
+	@$(BIN)/hn-titles up $(UP_ARGS)
+
+down: .venv/.run-ready
+	@$(BIN)/hn-titles down
+
 test: .venv/.test-ready
 	@# In the order of the files: the long ones (tests/integration) come first, the short ones even the end out.
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+# make test-containers: check the Dockerfile, job templates and Kubernetes files with their own validators
+test-containers: .venv/.test-ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,containers]'
+	$(BIN)/python -m pytest tests/containers
 
 # make bench : measure the reward server (about ten minutes on two cores); BENCH_ARGS="--quick" for one
 bench: .venv/.test-ready

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_reward_model
+from flows import cli_deploy, cli_policy, cli_reward_model, cli_services
 from flows.cli_options import EngineOption, FreshOption, ProfileOption, RunNameOption, SetOption
 from flows.cli_results import show_comparison, show_results, show_trained
 from flows.execute import Flow, execute, prepare_environment, verb_of
@@ -32,7 +32,8 @@ app = typer.Typer(
         "Start with [bold]hn-titles run[/bold]: it needs no GPU, no account and no network, takes a few minutes, "
         "and shows what it did in Prefect and MLflow.\n\n"
         "Addresses and secrets come from the environment or .env: REWARD_MODEL_URL, REWARD_MODEL_API_KEY, "
-        "HELDOUT_REWARD_MODEL_URL, MLFLOW_TRACKING_URI, PREFECT_API_URL, HF_ENDPOINT, RUNS_DIR."
+        "HELDOUT_REWARD_MODEL_URL, MLFLOW_TRACKING_URI, PREFECT_API_URL, HF_ENDPOINT, RUNS_DIR. Where they are not "
+        "set, the services of [bold]hn-titles up[/bold] are used while they run."
     ),
     epilog=(
         "Exit codes: 0 done, 1 unexpected error, 2 something to mend in profile, flags or stories, 3 a service failed, "
@@ -40,7 +41,11 @@ app = typer.Typer(
     ),
 )
 
-app.add_typer(cli_reward_model.app)  # without a name: its commands stand beside those of this file
+# Without a name: their commands stand beside those of this file.
+app.add_typer(cli_policy.app)
+app.add_typer(cli_reward_model.app)
+app.add_typer(cli_services.app)
+app.add_typer(cli_deploy.app)
 
 
 @app.callback()

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
     from tasks.reward_training.report import RewardModelReport
     from tasks.titles.comparison import Comparison
+    from tasks.titles.promotion import Decision
     from tasks.titles.run_directory import RunDirectory
+    from tasks.titles.suggestions import Suggestions
     from tasks.titles.summary import Evaluation
 
 
@@ -61,3 +63,22 @@ def show_reward_model(out: Console, run_directory: RunDirectory, report: RewardM
     out.print(table(report.rows(), "Figures in log upvotes; pairs: one story has at least twice the other's upvotes"))
     out.print(f"Use it with: {program('hn-titles')} run --set reward_model={report.registered}", soft_wrap=True)
     out.print(f"Its files: {report.folder}", soft_wrap=True)
+
+
+def show_promotion(out: Console, run_directory: RunDirectory, decision: Decision) -> None:
+    """Print what was decided and why."""
+    out.print()
+    out.print(decision.reason)
+    if decision.judged_again:
+        out.print(f"Both were judged again, as their evaluations differed in {', '.join(decision.judged_again)}.")
+    out.print()
+
+
+def show_suggestions(found: Suggestions) -> None:
+    """Print titles by rank, and what a reader should know of them."""
+    from flows.terminal import plain_console, table
+
+    out = plain_console()
+    out.print(table(found.rows(), f"Titles for {found.source} by {found.writer}"))
+    for note in found.notes():
+        out.print(note)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from prefect import flow
 
+from flows.form import MaxSteps, Overrides, ProfileName, RunName, Seeds, Stories, TestStories, filled_in
 from flows.progress import tell
 from flows.train import train_titles
 from tasks.comparison import compare_command, compared_run, show_comparison, store_comparison
@@ -25,30 +26,37 @@ SEEDS = (1, 2, 3)
 
 @flow(name="compare", flow_run_name=flow_run_label, persist_result=False, retries=0)
 async def compare_engines(
-    profile: str = "starter",
-    overrides: list[str] | None = None,
-    seeds: list[int] | None = None,
+    profile: ProfileName = "starter",
+    overrides: Overrides = None,
+    seeds: Seeds = None,
     runs: list[str] | None = None,
-    run_name: str | None = None,
+    run_name: RunName = None,
+    stories: Stories = None,
+    max_steps: MaxSteps = None,
+    test_stories: TestStories = None,
 ) -> Comparison:
     """Train both engines with the same seeds, and compare what they write with each other and with no training.
 
     Args:
-        profile: name of a profile, or path of a .toml file
-        overrides: settings that differ from the profile's, each `key=value`
+        profile: settings to start from
+        overrides: other settings that differ from the profile's, each `key=value`
         seeds: seeds that each engine is trained with; empty: 1, 2 and 3. Runs that exist are not trained again
         runs: names of trained runs to compare instead, with the same seeds for both engines
         run_name: folder of the comparison; empty: a new one
+        stories: 'starter', a .parquet or .jsonl file, or a hub data set's name; empty: the profile's
+        max_steps: policy updates of each training; empty: the profile's
+        test_stories: stories to write titles for, at most; empty: the profile's
     """
     settings = Settings()
+    overrides = filled_in(overrides, {"stories": stories, "max_steps": max_steps, "test_stories": test_stories})
     if runs:
         chosen = named_runs(runs, settings.runs_dir)
         wanted = chosen[0].profile
     else:
-        chosen = await train_missing(profile, overrides or [], seeds or SEEDS)
-        wanted = load_profile(profile, overrides or [])
+        chosen = await train_missing(profile, overrides, seeds or SEEDS)
+        wanted = load_profile(profile, overrides)
     home = open_comparison(wanted, settings.runs_dir, run_name)
-    with home.locked(), tracked(home, settings.tracking_uri) as tracker:
+    with home.locked(), tracked(home, settings.tracking_uri, "comparison") as tracker:
         prompts = prepare_prompts_task(home.profile, settings.runs_dir / ".cache")
         compared = [compared_run(run) for run in chosen]
         # Says what is missing before anything is judged.
@@ -75,9 +83,7 @@ async def compare_engines(
                 on_progress=lambda done, total: tell("evaluation", done, total),
             )
         comparison = Comparison(home.profile, compared, titles, prompts.test)
-        store_comparison(
-            home, tracker, comparison, compare_command(profile, overrides or [], seeds or SEEDS, runs or [])
-        )
+        store_comparison(home, tracker, comparison, compare_command(profile, overrides, seeds or SEEDS, runs or []))
         await show_comparison(home, tracker, comparison)
         home.update(state="evaluated")
     return comparison

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from tasks.titles.child_process import ChildProcess, end_with_stdin
-from tasks.titles.errors import ServiceUnavailable
+from tasks.titles.errors import ConfigError, ServiceUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,20 @@ def prefect_api(log_path: Path, configured: str | None) -> Iterator[PrefectApi]:
     finally:
         _drain()
         server.stop()
+
+
+def configured_api(url: str | None) -> None:
+    """Have this process talk to the Prefect API at `url`, or at the address of Prefect's own settings.
+
+    Raises `ConfigError` where there is neither.
+    """
+    url = url or _url_from_prefect()
+    if url is None:
+        raise ConfigError(
+            "There is no Prefect server to talk to. Start one with 'make up' or 'prefect server start', and set "
+            "PREFECT_API_URL to its address, such as http://127.0.0.1:4200/api."
+        )
+    _use(url)
 
 
 def _url_from_prefect() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.evaluate import evaluate_run
+from flows.form import Overrides, ProfileName, RunName
 from flows.train import train_titles
 from tasks.titles.summary import Evaluation
 from tasks.tracking import flow_run_label
@@ -12,7 +13,7 @@ from tasks.tracking import flow_run_label
 
 @flow(name="run", flow_run_name=flow_run_label, persist_result=False, retries=0)
 async def run_titles(
-    profile: str = "starter", overrides: list[str] | None = None, run_name: str | None = None, fresh: bool = False
+    profile: ProfileName = "starter", overrides: Overrides = None, run_name: RunName = None, fresh: bool = False
 ) -> Evaluation:
     """Train a policy to write titles, then evaluate it on the test stories.
 

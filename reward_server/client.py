@@ -46,6 +46,8 @@ class RewardClient:
             )
         self.base_url = base_url.rstrip("/")
         """The address as another client needs it."""
+        self.options = {"base_url": base_url, "api_key": api_key, "timeout_s": timeout_s, "retries": retries}
+        """What makes another client like this one."""
         dialect = OwnDialect if scheme == parts.scheme else VllmDialect
         self._dialect: Dialect = dialect(self._request, self.base_url)
         self._retries = retries

@@ -14,13 +14,16 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.engines.device import device_name
 from tasks.engines.resume import journal_of
-from tasks.engines.tracker import MlflowTracker
+from tasks.engines.tracker import REPORT, MlflowTracker
 from tasks.report.page import render
 from tasks.titles.comparison import ComparedRun, Comparison
 from tasks.titles.comparison_report import markdown, metrics, report, result_rows
+from tasks.titles.conclusions import conclusions
 from tasks.titles.config import EngineName
 from tasks.titles.curves import curve, time_per_step
 from tasks.titles.run_directory import RunDirectory, write_json, write_text
+from tasks.titles.run_note import run_note
+from tasks.titles.summary import markdown_table
 from tasks.tracking import links
 from tasks.training import training_facts
 
@@ -69,6 +72,13 @@ def store_comparison(home: RunDirectory, tracker: MlflowTracker, comparison: Com
     tracker.log_titles("test", rows)
     for path in (home.report_page, home.path / "report.json"):
         tracker.log_file(path)
+    results = [
+        f"**[Open the report]({tracker.page(REPORT)})**",
+        "\n".join(f"* {conclusion}" for conclusion in conclusions(comparison)),
+        markdown_table(result_rows(comparison)),
+    ]
+    tracker.describe(run_note(home, "comparison", results))
+    tracker.adopt([run.training.mlflow_run_id for run in comparison.runs])
     get_run_logger().info("Report in %s", home.report_page)
 
 

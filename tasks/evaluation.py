@@ -14,10 +14,12 @@ from tasks.titles.config import Profile
 from tasks.titles.evaluation import EvaluatedTitle, Evaluator
 from tasks.titles.reward_model_quality import reward_model_quality
 from tasks.titles.rollout import Endpoint
+from tasks.titles.ruler import Ruler, ruler_of
 from tasks.titles.run_directory import RunDirectory, write_json, write_text
+from tasks.titles.run_note import run_note
 from tasks.titles.sources import load_stories
 from tasks.titles.story import Prompt
-from tasks.titles.summary import Evaluation, markdown, metrics
+from tasks.titles.summary import Evaluation, gain_sentence, markdown, markdown_table, metrics, table_rows
 
 
 @task(name="evaluate titles", cache_policy=NO_CACHE, persist_result=False)
@@ -50,6 +52,14 @@ async def evaluate_titles(
     return titles
 
 
+@task(name="note what is measured with", cache_policy=NO_CACHE, persist_result=False)
+async def measured_with(profile: Profile, prompts: Sequence[Prompt], client: RewardClient) -> Ruler:
+    """Return what titles of these prompts are measured with, as the reward server stands now."""
+    ruler = ruler_of(profile, prompts, (await client.health()).version)
+    get_run_logger().info("Measured with %s", ruler.as_dict())
+    return ruler
+
+
 @task(name="compare reward model with upvotes", cache_policy=NO_CACHE, persist_result=False)
 async def measure_reward_model(source: str, client: RewardClient) -> dict[str, float] | None:
     """Compare the reward model's scores of human titles with the upvotes that they got."""
@@ -71,4 +81,7 @@ def store_evaluation(run: RunDirectory, tracker: MlflowTracker, evaluation: Eval
         tracker.log_checkpoint_metrics(evaluation.training.steps, metrics(evaluation, "last"))
     for name in ("summary.json", "report.md"):
         tracker.log_file(run.path / name)
+    report = f"Titles and all figures: [report.md]({tracker.page('report.md')})."
+    results = [gain_sentence(evaluation), markdown_table(table_rows(evaluation)), report]
+    tracker.describe(run_note(run, "training", results))
     get_run_logger().info("Figures in %s", run.summary_path)

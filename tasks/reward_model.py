@@ -22,7 +22,9 @@ from tasks.reward_training.trainer import Listener, train_reward_model
 from tasks.titles.config import Profile
 from tasks.titles.errors import HnTitlesError
 from tasks.titles.run_directory import RunDirectory, write_json
+from tasks.titles.run_note import run_note
 from tasks.titles.sources import load_stories
+from tasks.titles.summary import markdown_table
 
 
 @task(name="label stories", cache_policy=NO_CACHE, persist_result=False)
@@ -84,6 +86,8 @@ def store_reward_model(
     write_json(run.summary_path, report.as_dict())
     for path in (picture, run.summary_path):
         tracker.log_file(path)
+    results = [f"Registered as `{registered}`. Figures in log upvotes:", markdown_table(report.rows())]
+    tracker.describe(run_note(run, "reward model", results))
     get_run_logger().info("Registered as %s; figures in %s", registered, run.summary_path)
     return report
 

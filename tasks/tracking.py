@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefect import task
-from prefect.artifacts import (
-    acreate_markdown_artifact,
-    acreate_progress_artifact,
-    acreate_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
-from tasks.engines.contract import Progress, ProgressListener
-from tasks.engines.tracker import MlflowTracker
+from tasks.engines.contract import TrainingResult
+from tasks.engines.system_metrics import system_metrics
+from tasks.engines.tracker import MlflowTracker, run_page
+from tasks.titles.metric_names import VAL_REWARD_MEAN
 from tasks.titles.peak_memory import PeakMemory
 from tasks.titles.run_directory import RunDirectory, RunRecord
+from tasks.titles.run_note import Kind, run_note, trained_sentence
 from tasks.titles.summary import Evaluation, markdown, sample_rows, table_rows
-
-logger = logging.getLogger(__name__)
 
 MLFLOW_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` listens unless told otherwise."""
@@ -36,18 +31,28 @@ def flow_run_label() -> str:
 
 
 @contextmanager
-def tracked(run: RunDirectory, tracking_uri: str) -> Iterator[MlflowTracker]:
+def tracked(run: RunDirectory, tracking_uri: str, kind: Kind = "training") -> Iterator[MlflowTracker]:
     """Start the run's MLflow run, or reopen it, and set its status by how the context is left.
+
+    Meanwhile it records what the machine does.
 
     Raises `ServiceUnavailable` where MLflow cannot be reached at the start.
     """
+    # The flow run's page shows it from this level on; under a worker nobody else has set one.
+    logging.getLogger("tasks").setLevel(logging.INFO)
     record = run.record()
     tracker = MlflowTracker.open(
-        run.profile, run_name=run.name, tracking_uri=tracking_uri, resume_run_id=record.mlflow_run_id
+        run.profile,
+        run_name=run.name,
+        tracking_uri=tracking_uri,
+        kind=kind,
+        note=run_note(run, kind),
+        resume_run_id=record.mlflow_run_id,
     )
     run.update(mlflow_run_id=tracker.run_id, mlflow_experiment_id=tracker.experiment_id)
     try:
-        yield tracker
+        with system_metrics(tracker.run_id, tracking_uri):
+            yield tracker
     except Exception:
         tracker.finish("FAILED")
         raise
@@ -76,40 +81,11 @@ def mlflow_command(uri: str) -> str:
     return f"mlflow ui --backend-store-uri {uri}"
 
 
-async def follow_training(run: RunDirectory, tracker: MlflowTracker, listener: ProgressListener) -> ProgressListener:
-    """Create a progress artifact and return a listener that keeps it up to date and tells `listener`.
-
-    What Prefect does not take is logged and harms nothing.
-    """
-    artifact_id = None
-    try:
-        artifact_id = await acreate_progress_artifact(
-            progress=0.0,
-            key="training",
-            description=f"Training {run.name}. In MLflow: `{mlflow_command(tracker.tracking_uri)}`",
-        )
-    except Exception as error:
-        logger.warning("Prefect did not take the progress artifact: %s", error)
-
-    def on_progress(progress: Progress) -> None:
-        listener(progress)
-        if artifact_id is None:
-            return
-        try:
-            update_progress_artifact(artifact_id, 100.0 * progress.step / progress.max_steps, _sync=True)  # type: ignore[call-arg]
-        except Exception as error:
-            logger.warning("Prefect did not take the progress of step %d: %s", progress.step, error)
-
-    return on_progress
-
-
-@task(name="show validation titles", cache_policy=NO_CACHE, persist_result=False)
-async def show_validation_titles(run: RunDirectory) -> None:
-    """Keep a training's last validation titles as a table artifact."""
-    files = sorted((run.path / "validation").glob("*.json"))
-    if files:
-        rows = json.loads(files[-1].read_text(encoding="utf-8"))
-        await acreate_table_artifact(rows, key="validation-titles", description=f"Last validation of {run.name}")
+def describe_training(run: RunDirectory, tracker: MlflowTracker, result: TrainingResult) -> None:
+    """Store the reward curve, and say on the run's page in MLflow what its training came to."""
+    tracker.log_reward_curve(result.best_step)
+    validation = tracker.history().get(VAL_REWARD_MEAN, [])
+    tracker.describe(run_note(run, "training", [trained_sentence(result.steps, result.best_step, validation)]))
 
 
 @task(name="show results", cache_policy=NO_CACHE, persist_result=False)
@@ -137,4 +113,4 @@ def links(run: RunDirectory, tracker: MlflowTracker) -> list[str]:
 
 def mlflow_page(record: RunRecord) -> str:
     """Return the run's page within MLflow's UI."""
-    return f"#/experiments/{record.mlflow_experiment_id}/runs/{record.mlflow_run_id}"
+    return run_page(record.mlflow_experiment_id, record.mlflow_run_id)

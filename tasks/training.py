@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -9,11 +10,18 @@ from prefect.cache_policies import NO_CACHE
 
 from tasks.engines import art_loop
 from tasks.engines.art_session import open_session
-from tasks.engines.contract import Progress, ProgressListener, RunTracker, TrainingRequest, TrainingResult
+from tasks.engines.contract import (
+    GroupMapper,
+    Progress,
+    ProgressListener,
+    RunTracker,
+    TrainingRequest,
+    TrainingResult,
+)
 from tasks.engines.journal import first_collapse
 from tasks.engines.resume import adapter_folder, journal_of, stored_state
 from tasks.engines.trl_engine.launch import train as train_with_trl
-from tasks.rollouts import map_groups
+from tasks.rollouts import map_groups, mapped_on_dask
 from tasks.starter.paths import BASE_MODEL, resolve
 from tasks.titles.config import Profile, Settings
 from tasks.titles.errors import CheckpointError
@@ -48,17 +56,20 @@ def training_request(
 # Never retried: a training that stops continues from its last checkpoint when the same command is given again.
 @task(name="train policy", cache_policy=NO_CACHE, persist_result=False, retries=0)
 async def train_policy(
-    request: TrainingRequest, *, tracker: RunTracker, on_progress: ProgressListener
+    request: TrainingRequest, *, tracker: RunTracker, on_progress: ProgressListener, dask_address: str | None = None
 ) -> TrainingResult:
-    """Train to `max_steps` with the profile's engine, from the last complete checkpoint on where there is one."""
+    """Train to `max_steps` with the profile's engine, from the last complete checkpoint on where there is one.
+
+    ART's rollouts are task runs on the Dask cluster at `dask_address` where it is given.
+    """
     if request.profile.engine == "trl":
         result = await train_with_trl(request, tracker=tracker, on_progress=on_progress)
     else:
-        mapper = map_groups if request.profile.prefect_rollouts else art_loop.map_plainly
         async with open_session(request) as (session, state):
-            result = await art_loop.train(
-                request, session=session, state=state, tracker=tracker, map_groups=mapper, on_progress=on_progress
-            )
+            with group_mapper(request.profile, dask_address) as mapper:
+                result = await art_loop.train(
+                    request, session=session, state=state, tracker=tracker, map_groups=mapper, on_progress=on_progress
+                )
     get_run_logger().info(
         "%d steps in %.0f s, best checkpoint %d, %d trajectories dropped",
         result.steps,
@@ -67,6 +78,13 @@ async def train_policy(
         result.trajectories_dropped,
     )
     return result
+
+
+def group_mapper(profile: Profile, dask_address: str | None) -> AbstractContextManager[GroupMapper]:
+    """Return what runs a step's rollouts, while the context is open."""
+    if not profile.prefect_rollouts:
+        return nullcontext(art_loop.map_plainly)
+    return mapped_on_dask(dask_address) if dask_address else nullcontext(map_groups)
 
 
 def describe_step(progress: Progress) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import psutil
 
+MARK = "HN_TITLES_TEST_RUN"
+"""Environment variable that a test gives to what it starts, all of which inherits it."""
+
 
 def is_alive(pid: int) -> bool:
     try:
@@ -29,3 +32,22 @@ def wait_until_gone(pid: int) -> None:
 def descendants(pid: int) -> set[int]:
     """Return the ids of all processes that `pid` has started, directly or not, and that are still there."""
     return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the command lines of all processes that were started, at any depth, with this test's mark."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"{MARK}={folder}".encode() in environ.read_bytes().split(b"\0"):
+                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it has ended meanwhile, or is not ours to read
+    return found
+
+
+def wait_until_none_is_left(folder: Path) -> None:
+    deadline = time.monotonic() + 60
+    while processes_of(folder):
+        assert time.monotonic() < deadline, processes_of(folder)
+        time.sleep(0.2)

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from reward_server.client import RewardClient
@@ -29,7 +28,7 @@ from tasks.engines.training_state import TrainingState, first_state
 from tasks.titles import metric_names as names
 from tasks.titles.cursor import VALIDATION_STEP
 from tasks.titles.errors import NothingToTrainOn
-from tasks.titles.rollout import Roller, RolloutGroup, Sampling, check_failures
+from tasks.titles.rollout import GroupRoller, Roller, RolloutGroup, Sampling, check_failures
 from tasks.titles.rollout_metrics import tokens_of, train_metrics, trainable, val_metrics, why_nothing
 from tasks.titles.story import Prompt
 from tasks.titles.together import together
@@ -165,11 +164,11 @@ class _Training:
                 step=state.cursor.step,
                 epoch=state.cursor.epoch,
             )
-            roll_out = partial(self._roller.group, sampling=sampling, size=self._profile.group_size)
+            roll_out = GroupRoller(self._roller, sampling, self._profile.group_size)
             prompts, cursor = state.cursor.next_batch(self._request.train, self._profile.groups_per_step)
             batch = await self._map_groups(roll_out, prompts, cursor.step + 1)
             failed = check_failures(batch, self._profile.max_failed_share)
-            judge_seconds += time.monotonic() - max(title.written for group in batch for title in group.rollouts)
+            judge_seconds += max(0.0, time.time() - max(title.written for group in batch for title in group.rollouts))
             groups += batch
             state = replace(state, cursor=cursor, trajectories_dropped=state.trajectories_dropped + failed)
             if trainable(batch):

@@ -80,5 +80,5 @@ class RunTracker(Protocol):
         ...
 
     def log_checkpoint(self, step: int, folder: Path, metrics: Mapping[str, float]) -> None:
-        """Store a kept checkpoint as a LoggedModel with its metrics and its adapter."""
+        """Store a kept checkpoint as a LoggedModel with its validation metrics and its adapter."""
         ...

@@ -14,16 +14,22 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tasks.engines.reward_curve import draw_reward_curve
+from tasks.engines.system_metrics import PREFIX as SYSTEM_PREFIX
 from tasks.titles.config import Profile
 from tasks.titles.errors import ServiceUnavailable
+from tasks.titles.run_note import Kind
 
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "hn-titles"
+# MLflow's own names, written out: it is imported only once a run begins.
+MLFLOW_PARENT_RUN_ID = "mlflow.parentRunId"
+MLFLOW_RUN_NOTE = "mlflow.note.content"
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 # MLflow's own habit is seven retries of two minutes each, in which training would stand still.
@@ -32,7 +38,11 @@ _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOU
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
 # After a failure, calls only queue for this long: a server that hangs must not cost every step its time-out.
 RETRY_PAUSE_S = 30.0
-_STEP_PARAM = "step"
+STEP_PARAM = "step"
+"""The parameter of a checkpoint's LoggedModel that says which step it is."""
+REPORT = "report.html"
+"""The artifact of a comparison that the descriptions of its runs lead to."""
+_REPORT_LINE = "\n\nCompared with others: "
 
 
 class MlflowTracker:
@@ -64,10 +74,12 @@ class MlflowTracker:
         *,
         run_name: str,
         tracking_uri: str,
+        kind: Kind = "training",
+        note: str = "",
         resume_run_id: str | None = None,
         retry_pause_s: float = RETRY_PAUSE_S,
     ) -> MlflowTracker:
-        """Start an MLflow run, or reopen `resume_run_id` and read what it holds.
+        """Start an MLflow run described by `note`, or reopen `resume_run_id` and read what it holds.
 
         Raises `ServiceUnavailable` where the tracking server cannot be reached, refuses, or knows no such run.
         """
@@ -80,7 +92,7 @@ class MlflowTracker:
             client = MlflowClient(tracking_uri=tracking_uri)
             experiment_id = _experiment(client, tracking_uri)
             if resume_run_id is None:
-                run_id = _new_run(client, experiment_id, profile, run_name)
+                run_id = _new_run(client, experiment_id, profile, run_name, kind, note)
             else:
                 run_id = resume_run_id
                 client.update_run(run_id, status="RUNNING")
@@ -122,11 +134,15 @@ class MlflowTracker:
             self._store(f"titles {name}", lambda: self._write_table(f"titles/{name}.json", kept))
 
     def log_checkpoint(self, step: int, folder: Path, metrics: Mapping[str, float]) -> None:
-        """Store a kept checkpoint as a LoggedModel with its metrics and, as its artifact, the adapter in `folder`."""
+        """Store a kept checkpoint as a LoggedModel with what it was validated to and, as its artifact, its adapter.
+
+        `metrics` are those of its step, `folder` holds the adapter.
+        """
         if self._models.get(step, ("", False))[1]:
             return
         self.log_metrics(step, metrics)
-        names = list(metrics)
+        # What the step took and was trained on is the run's; the list of models has columns for what a model is worth.
+        names = [name for name in metrics if name.startswith("val/")]
         self._store(f"checkpoint {step}", lambda: self._write_checkpoint(step, folder, names))
 
     # --- what comes after training -------------------------------------------------------------
@@ -156,6 +172,27 @@ class MlflowTracker:
                     self._client.log_artifact(self.run_id, str(path))
 
         self._store("reward curve", write)
+
+    def describe(self, note: str) -> None:
+        """Replace the run's description, Markdown; what it was compared in stays in it."""
+
+        def write() -> None:
+            parent = self._client.get_run(self.run_id).data.tags.get(MLFLOW_PARENT_RUN_ID)
+            self._write_note(self.run_id, note, parent)
+
+        self._store("description", write)
+
+    def adopt(self, run_ids: Sequence[str]) -> None:
+        """Make runs the children of this one, a comparison, and lead from their descriptions to its report.
+
+        A run that another comparison had is this one's from now on.
+        """
+        for run_id in run_ids:
+            self._store(f"child {run_id}", partial(self._write_parent, run_id))
+
+    def page(self, artifact: str = "") -> str:
+        """Return the link, from any page of MLflow, to the run or one of its artifacts."""
+        return run_page(self.experiment_id, self.run_id, artifact)
 
     def finish(self, status: RunStatus) -> None:
         """Set the run's status and try once more to store what is pending."""
@@ -225,6 +262,17 @@ class MlflowTracker:
         if entry not in tables:
             self._client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, entry]))
 
+    def _write_parent(self, run_id: str) -> None:
+        run = self._client.get_run(run_id)
+        self._client.set_tag(run_id, MLFLOW_PARENT_RUN_ID, self.run_id)
+        self._write_note(run_id, run.data.tags.get(MLFLOW_RUN_NOTE, ""), self.run_id)
+
+    def _write_note(self, run_id: str, note: str, parent: str | None) -> None:
+        note = note.partition(_REPORT_LINE)[0]
+        if parent:
+            note += f"{_REPORT_LINE}[report]({run_page(self.experiment_id, parent, REPORT)})."
+        self._client.set_tag(run_id, MLFLOW_RUN_NOTE, note)
+
     def _write_checkpoint(self, step: int, folder: Path, names: list[str]) -> None:
         if step not in self._models:
             run = self._client.get_run(self.run_id)
@@ -234,7 +282,7 @@ class MlflowTracker:
                 source_run_id=self.run_id,
                 model_type="peft-adapter",
                 params={
-                    _STEP_PARAM: str(step),
+                    STEP_PARAM: str(step),
                     "engine": run.data.params.get("engine", ""),
                     "base_model": run.data.params.get("base_model", ""),
                 },
@@ -255,14 +303,16 @@ class MlflowTracker:
     def _read_history(self) -> None:
         run = self._client.get_run(self.run_id)
         for name in run.data.metrics:
+            if name.startswith(SYSTEM_PREFIX):
+                continue
             for row in self._client.get_metric_history(self.run_id, name):
                 self._metrics.setdefault((name, row.step), (row.value, row.timestamp))
         models = self._client.search_logged_models(
             [self.experiment_id], filter_string=f"source_run_id = '{self.run_id}'"
         )
         for model in models:
-            if _STEP_PARAM in model.params:
-                self._models[int(model.params[_STEP_PARAM])] = (model.model_id, str(model.status) == "READY")
+            if STEP_PARAM in model.params:
+                self._models[int(model.params[STEP_PARAM])] = (model.model_id, str(model.status) == "READY")
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -278,21 +328,30 @@ def _experiment(client: Any, tracking_uri: str) -> str:
     existing = client.get_experiment_by_name(EXPERIMENT)
     if existing is not None:
         return str(existing.experiment_id)
-    database = _sqlite_file(tracking_uri)
+    database = sqlite_file(tracking_uri)
     artifacts = (database.parent / "mlartifacts").as_uri() if database else None
     return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
 
-def _new_run(client: Any, experiment_id: str, profile: Profile, run_name: str) -> str:
+def _new_run(client: Any, experiment_id: str, profile: Profile, run_name: str, kind: Kind, note: str) -> str:
     from mlflow.entities import Param
 
     values = profile.model_dump(mode="json")
-    tags = {"engine": profile.engine, "profile": profile.name, "mlflow.source.name": "hn-titles"}
+    tags = {"kind": kind, "profile": profile.name, "mlflow.source.name": "hn-titles", MLFLOW_RUN_NOTE: note}
+    if kind == "training":
+        tags["engine"] = profile.engine
     run_id = str(client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id)
     params = [Param(key, str(value)) for key, value in flatten(values).items()]
     client.log_batch(run_id, params=params)
     client.log_dict(run_id, values, "profile.json")
     return run_id
+
+
+def run_page(experiment_id: str | None, run_id: str | None, artifact: str = "") -> str:
+    """Return the page of a run, or of one of its artifacts, within MLflow's UI."""
+    within = f"/artifacts/{artifact}" if artifact else ""
+    # A browser that is new to MLflow sees its pages for agents otherwise, which have neither runs nor models.
+    return f"#/experiments/{experiment_id}/runs/{run_id}{within}?workflowType=machine_learning"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -306,13 +365,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _sqlite_file(tracking_uri: str) -> Path | None:
+def sqlite_file(tracking_uri: str) -> Path | None:
+    """Return the database file that a tracking URI names, None where it names no SQLite database."""
     prefix = "sqlite:///"
     return Path(tracking_uri.removeprefix(prefix)).resolve() if tracking_uri.startswith(prefix) else None
 
 
 def _prepare_folders(tracking_uri: str) -> None:
-    database = _sqlite_file(tracking_uri)
+    database = sqlite_file(tracking_uri)
     if database:
         database.parent.mkdir(parents=True, exist_ok=True)
 

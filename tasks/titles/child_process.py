@@ -52,7 +52,7 @@ class ChildProcess:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._socket, its_stdin = socket.socketpair()
         with its_stdin, log_path.open("ab") as log:
-            self._log_start = log.tell()
+            self._log_start = self._log_read = log.tell()
             try:
                 self._process = subprocess.Popen(
                     list(command),
@@ -102,15 +102,18 @@ class ChildProcess:
 
     def log_end(self, lines: int = _LOG_LINES) -> str:
         """Return the last lines of what this process wrote, to stand behind the message of an error."""
-        try:
-            with self.log_path.open("rb") as log:
-                log.seek(max(self._log_start, log.seek(0, os.SEEK_END) - _LOG_END_BYTES))
-                written = log.read().decode("utf-8", "replace").splitlines()
-        except OSError as error:
-            return f" Its log {self.log_path} cannot be read: {error}"
-        if not written:
-            return f" It wrote nothing to {self.log_path}."
-        return "\n".join(["", f"The end of {self.log_path}:", *written[-lines:]])
+        return end_of_log(self.log_path, since=self._log_start, lines=lines)
+
+    def new_lines(self) -> list[str]:
+        """Return the lines that came to the log since the last call; one that is being written waits for its end."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_read)
+            written = log.read()
+        whole = len(written) if self._cleared else written.rfind(b"\n") + 1
+        self._log_read += whole
+        # Of a progress bar, which draws over itself, the last state counts.
+        lines = (line.rpartition("\r")[2].rstrip() for line in written[:whole].decode("utf-8", "replace").split("\n"))
+        return [line for line in lines if line]
 
     def _clear(self) -> None:
         """After the process has ended: kill the rest of its group and end the standard input of all others."""
@@ -139,6 +142,19 @@ class ChildProcess:
                 logger.warning("Process %d has ended, but not all that it had started; see %s", self.pid, self.log_path)
             except OSError:
                 pass  # closed by an earlier call, or reset by a child that left it unread
+
+
+def end_of_log(path: Path, *, since: int = 0, lines: int = _LOG_LINES) -> str:
+    """Return the last lines of a log from byte `since` on, to stand behind the message of an error."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(since, log.seek(0, os.SEEK_END) - _LOG_END_BYTES))
+            written = log.read().decode("utf-8", "replace").splitlines()
+    except OSError as error:
+        return f" Its log {path} cannot be read: {error}"
+    if not written:
+        return f" It wrote nothing to {path}."
+    return "\n".join(["", f"The end of {path}:", *written[-lines:]])
 
 
 def end_with_stdin(grace_s: float = END_GRACE_S) -> None:

@@ -13,10 +13,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks.services.state import services_in_use
 from tasks.titles.errors import ConfigError
 
 PROFILES_DIR = Path(__file__).resolve().parents[2] / "deployments" / "profiles"
 EngineName = Literal["art", "trl"]
+REGISTRY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What a model may be called in MLflow's registry: MLflow itself refuses slashes and colons."""
 NEUTRAL_SETTINGS = frozenset(
     {
         "rollout_concurrency",
@@ -26,6 +29,7 @@ NEUTRAL_SETTINGS = frozenset(
         "prefect_rollouts",
         "keep_checkpoints",
         "bootstrap_samples",
+        "registered_name",
         "price_per_device_hour",
         "reward_training",
     }
@@ -90,7 +94,7 @@ class RewardTraining(BaseModel):
     base_model: str = Field("starter", description="'starter', a folder or a hub name")
     registered_name: str = Field(
         "hn-titles-reward-model",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=REGISTRY_NAME,
         description="the model's name in MLflow's registry",
     )
     minimum_score: int = Field(0, ge=0, description="stories below this many upvotes are left out")
@@ -184,6 +188,11 @@ class Profile(BaseModel):
     eval_steps: int = Field(10, ge=1, description="evaluate on the validation stories every this many steps")
     keep_checkpoints: int = Field(3, ge=1, description="newest checkpoints kept besides the best")
     bootstrap_samples: int = Field(2000, ge=100)
+    registered_name: str = Field(
+        "hn-titles-policy",
+        pattern=REGISTRY_NAME,
+        description="the policy's name in MLflow's registry; one name for each base model",
+    )
 
     @model_validator(mode="after")
     def _sampling_is_unbiased(self) -> Profile:
@@ -197,7 +206,7 @@ class Profile(BaseModel):
         return self
 
 
-class Settings(BaseSettings):
+class ConfiguredSettings(BaseSettings):
     """Addresses and secrets, from the environment or `.env`; never from flow parameters."""
 
     model_config = SettingsConfigDict(env_file=".env", extra="ignore")
@@ -213,8 +222,38 @@ class Settings(BaseSettings):
     hf_endpoint: str | None = None
     mlflow_tracking_uri: str | None = Field(default=None, description="unset: SQLite in the runs directory")
     prefect_api_url: str | None = None
+    dask_scheduler_address: str | None = Field(
+        default=None, description="a Dask cluster for ART's rollouts, tcp://host:port; unset: they run with the loop"
+    )
+    notification_webhook_url: SecretStr | None = Field(
+        default=None,
+        description="where `hn-titles deploy` has failed and stuck runs told: JSON with a text, as Slack takes",
+    )
     runs_dir: Path = Path("runs")
     """One folder per run, and MLflow's database where no tracking server is given."""
+
+
+class Settings(ConfiguredSettings):
+    """What commands and flows go by: the configured addresses, and else those of the services of `hn-titles up`."""
+
+    @model_validator(mode="after")
+    def _use_running_services(self) -> Settings:
+        services = services_in_use(self.runs_dir)
+        if self.prefect_api_url is None and "prefect" in services:
+            self.prefect_api_url = f"{services['prefect'].address}/api"
+        if self.mlflow_tracking_uri is None and "mlflow" in services:
+            self.mlflow_tracking_uri = services["mlflow"].address
+        return self
+
+    def reward_server_of(self, model: str) -> str | None:
+        """Return the address of the reward server to ask, None where the run has to start its own.
+
+        It is the configured one, whatever that serves, and else the running one if it serves `model`.
+        """
+        running = services_in_use(self.runs_dir).get("reward")
+        if self.reward_model_url is None and running is not None and running.reward_model == model:
+            return running.address
+        return self.reward_model_url
 
     @property
     def tracking_uri(self) -> str:

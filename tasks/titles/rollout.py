@@ -6,10 +6,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tasks.titles.chat import RETRIES, ask, open_client
 from tasks.titles.cursor import sampling_seed
@@ -52,7 +52,7 @@ class Rollout:
     reward_model_version: str
     seconds: float
     written: float
-    """`time.monotonic()` when the title was there, and judging began."""
+    """`time.time()` when the title was there, and judging began: it may have been on another machine."""
     tokens: int
     """Sampled tokens."""
 
@@ -97,6 +97,15 @@ class Sampling:
         return sampling_seed(self.run_seed, self.epoch, self.step, story_id, generation)
 
 
+@dataclass(slots=True)
+class ServedAt:
+    """An endpoint by its address alone."""
+
+    base_url: str
+    api_key: str
+    base_model_name: str
+
+
 class Roller:
     """Rolls out trajectories against one policy endpoint; an async context manager that closes its connections."""
 
@@ -114,6 +123,13 @@ class Roller:
 
         `retries` is how often the policy and the validator are asked again after a transient failure.
         """
+        self.limits = {
+            "max_completion_tokens": max_completion_tokens,
+            "context_tokens": context_tokens,
+            "concurrency": concurrency,
+            "retries": retries,
+        }
+        self.endpoint, self.reward_client = endpoint, reward_client
         self._max_completion_tokens = max_completion_tokens
         self._context_tokens = context_tokens
         self._in_the_making = asyncio.Semaphore(concurrency)
@@ -167,7 +183,7 @@ class Roller:
                 seed=sampling.seed(prompt.story.id, generation),
                 logprobs=True,
             )
-            written = time.monotonic()
+            written = time.time()
             if choice.logprobs is None or not choice.logprobs.content:
                 unusable = ServiceRejected(
                     "The policy answered without log-probabilities, which training needs: the server must "
@@ -206,6 +222,45 @@ class Roller:
             failure = Failure(prompt.story.id, f"{who}: {type(error).__name__}", str(error))
             logger.warning("Trajectory of story %s dropped (%s): %s", prompt.story.id, failure.reason, error)
             return failure
+
+
+@dataclass(frozen=True)
+class GroupRoller:
+    """Rolls out one group for each prompt that it is called with; in another process through connections of its own."""
+
+    roller: Roller
+    sampling: Sampling
+    size: int
+
+    async def __call__(self, prompt: Prompt) -> RolloutGroup:
+        """Roll out `size` titles of a prompt."""
+        return await self.roller.group(prompt, self.sampling, self.size)
+
+    def __reduce__(self) -> tuple[type[RemoteGroupRoller], tuple[Any, ...]]:
+        served, client = self.roller.endpoint, self.roller.reward_client
+        endpoint = ServedAt(served.base_url, served.api_key, served.base_model_name)
+        return RemoteGroupRoller, (endpoint, client.options, self.roller.limits, self.sampling, self.size)
+
+
+@dataclass(frozen=True)
+class RemoteGroupRoller:
+    """What a `GroupRoller` is in another process: it asks the same servers, and keeps no connection between groups."""
+
+    endpoint: ServedAt
+    reward_client: Mapping[str, Any]
+    limits: Mapping[str, int]
+    sampling: Sampling
+    size: int
+
+    async def __call__(self, prompt: Prompt) -> RolloutGroup:
+        """Roll out `size` titles of a prompt."""
+        from reward_server.client import RewardClient
+
+        async with (
+            RewardClient(**self.reward_client) as client,
+            Roller(endpoint=self.endpoint, reward_client=client, **self.limits) as roller,
+        ):
+            return await roller.group(prompt, self.sampling, self.size)
 
 
 def check_failures(groups: Iterable[RolloutGroup], max_failed_share: float) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.titles.config import Profile
 from tasks.titles.evaluation import HUMAN, MEASURES, EvaluatedTitle, Figures, figures, reward_gain
+from tasks.titles.ruler import Ruler
 from tasks.titles.statistics import Interval
 
 SAMPLE_STORIES = 6
@@ -45,6 +46,8 @@ class Evaluation:
     """Base, best and (where it is another checkpoint) last: sampled, then human titles, then greedy ones."""
     gain: Interval
     ratio: Interval | None
+    ruler: Ruler
+    """What the titles were measured with."""
     reward_model: Mapping[str, float] | None
     seconds: float
     """Wall clock of the evaluation."""
@@ -82,6 +85,7 @@ class Evaluation:
             "best_step": self.training.best_step,
             "mlflow_run_id": self.training.mlflow_run_id,
             "reward_model": dict(self.reward_model) if self.reward_model else None,
+            "judged_with": self.ruler.as_dict(),
             "test_stories": self.test_stories,
             "failed_judgements": sum(title.failure is not None for title in self.titles),
             "trajectories_dropped": self.training.trajectories_dropped,
@@ -97,6 +101,7 @@ def evaluate_figures(
     training: TrainingFacts,
     titles: Sequence[EvaluatedTitle],
     *,
+    ruler: Ruler,
     reward_model: Mapping[str, float] | None,
     seconds: float,
 ) -> Evaluation:
@@ -112,6 +117,7 @@ def evaluate_figures(
         figures=[figures(titles, *key, profile) for key in sorted(keys, key=lambda key: order[key[1]])],
         gain=gain,
         ratio=ratio,
+        ruler=ruler,
         reward_model=reward_model,
         seconds=seconds,
     )

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 if TYPE_CHECKING:
+    from daily_parts import Cancelled, Office, Resumed, Trained
     from reward_training_parts import FinishedTraining
 
     from tasks.engines.cpu.cores import Cores
@@ -47,3 +48,36 @@ def reward_training(tmp_path_factory: pytest.TempPathFactory) -> FinishedTrainin
     run = reward_run(tmp_path_factory.mktemp("reward-training"))
     trained = train(run, lambda stage, done, total, note="": told.append((stage, done, total)))
     return FinishedTraining(run, trained.steps, told)
+
+
+@pytest.fixture(scope="session")
+def office(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Office]:
+    """All services of `hn-titles up` and the deployments, in a folder of their own."""
+    from daily_parts import open_office
+
+    with open_office(tmp_path_factory.mktemp("office")) as office:
+        yield office
+
+
+@pytest.fixture(scope="session")
+def trained(office: Office) -> Trained:
+    """A training with ART that went well, and a run that nobody heard of again."""
+    from daily_parts import train_and_lose_machine
+
+    return train_and_lose_machine(office)
+
+
+@pytest.fixture(scope="session")
+def cancelled(office: Office, trained: Trained) -> Cancelled:
+    """A training with TRL after that, cancelled halfway."""
+    from daily_parts import cancel_in_training
+
+    return cancel_in_training(office)
+
+
+@pytest.fixture(scope="session")
+def resumed(office: Office, cancelled: Cancelled) -> Resumed:
+    """The same training continued, through the death of its worker to its end."""
+    from daily_parts import resume_kill_and_retry
+
+    return resume_kill_and_retry(office, cancelled)

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from processes import MARK, processes_of, wait_until_none_is_left
 
 from tasks.starter.world import generate_stories
 from tasks.titles.config import PROFILES_DIR
@@ -36,7 +36,6 @@ SETTINGS = (
 )
 COMMAND = ["train", "--profile", "starter.toml", *(part for setting in SETTINGS for part in ("--set", setting))]
 ENGINES = [("art", signal.SIGINT), ("trl", signal.SIGTERM)]
-MARK = "HN_TITLES_TEST_RUN"
 
 
 def start(folder: Path, engine: str) -> subprocess.Popen[str]:
@@ -61,25 +60,6 @@ def read_until(process: subprocess.Popen[str], text: str) -> None:
         if text in line:
             return
     pytest.fail(f"'{text}' never came:\n{''.join(seen)}")
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Return the command lines of all processes that were started, at any depth, with this test's mark."""
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"{MARK}={folder}".encode() in environ.read_bytes().split(b"\0"):
-                found.append((environ.parent / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue  # it has ended meanwhile, or is not ours to read
-    return found
-
-
-def wait_until_none_is_left(folder: Path) -> None:
-    deadline = time.monotonic() + 60
-    while processes_of(folder):
-        assert time.monotonic() < deadline, processes_of(folder)
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(("engine", "interruption"), ENGINES)

@@ -142,6 +142,9 @@ def test_everything_is_in_mlflow_once(finished: tuple[Evaluation, list[str], set
     run_id = read_summary("whole")["mlflow_run_id"]
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.params["group_size"] == "4"
+    note = run.data.tags["mlflow.note.content"]
+    assert "ART trains a policy: 3 steps" in note and str(Path("runs/whole").resolve()) in note
+    assert "Reward of the best checkpoint minus the base model's" in note and "| base model | sampled |" in note
     rows = rows_of(client, run_id)
     assert set(rows.values()) == {1}
     assert {("train/reward", step) for step in (1, 2, 3)} <= rows.keys()
@@ -231,7 +234,18 @@ def test_a_comparison_is_in_mlflow_and_in_prefect(compared: Comparison) -> None:
     client = MlflowClient(f"sqlite:///{Path('runs/mlflow.db').resolve()}")
     run_id = json.loads(Path("runs/comparisons/both/run.json").read_text())["mlflow_run_id"]
     assert {"report.html", "report.json"} <= {file.path for file in client.list_artifacts(run_id)}
-    assert "test/trl_best/reward/mean" in client.get_run(run_id).data.metrics
+    run = client.get_run(run_id)
+    assert "test/trl_best/reward/mean" in run.data.metrics and run.data.tags["kind"] == "comparison"
+    link = f"#/experiments/{run.info.experiment_id}/runs/{run_id}/artifacts/report.html?"
+    trained = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{run_id}'")
+    assert {(child.data.tags["engine"], child.data.params["seed"]) for child in trained} == {("art", "2"), ("trl", "2")}
+    # Both engines' curves lie over each other: the same names over the same steps.
+    art, trl = (
+        {row for row in rows_of(client, child.info.run_id) if row[0].startswith(("train/", "val/"))}
+        for child in trained
+    )
+    assert art == trl and ("val/reward/mean", 2) in art
+    assert all(link in one.data.tags["mlflow.note.content"] for one in (run, *trained))
     found = asyncio.run(artifacts("compare-both", ("comparison", "comparison-results")))
     assert "report.html" in found["comparison"].data and run_id in found["comparison"].data
 

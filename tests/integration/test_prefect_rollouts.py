@@ -15,7 +15,7 @@ from prefect.runtime import flow_run
 from training_parts import prompts, request
 
 from reward_server.client import RewardClient
-from tasks import rollouts
+from tasks import task_runs
 from tasks.engines.art_loop import map_plainly
 from tasks.engines.art_session import open_session
 from tasks.rollouts import map_groups
@@ -73,8 +73,8 @@ async def test_one_task_run_per_group(tmp_path: Path, reward_server_url: str) ->
     assert all(run.state.is_completed() for run in runs)
 
 
-async def test_groups_run_at_the_same_time_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "TASK_RUNS_AT_ONCE", 4)
+async def test_so_many_groups_are_open_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_runs, "OPEN_AT_ONCE", 4)
     under_way, most = 0, 0
     asked = prompts("train", 10)
 
@@ -92,6 +92,28 @@ async def test_groups_run_at_the_same_time_in_chunks(monkeypatch: pytest.MonkeyP
 
     assert await roll_out() == [prompt.story.id for prompt in asked]
     assert most == 4
+
+
+async def test_a_chunk_waits_until_the_one_before_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_runs, "CHUNK", 4)
+    asked = prompts("train", 10)
+    stored_before: dict[str, int] = {}
+
+    async def looked_up(prompt: Prompt) -> str:
+        async with get_client() as client:
+            only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id]))
+            runs = await client.read_task_runs(flow_run_filter=only)
+        stored_before[prompt.story.id] = sum(run.state is not None and run.state.is_completed() for run in runs)
+        return prompt.story.id
+
+    @flow
+    async def roll_out() -> list[str]:
+        return await map_groups(looked_up, asked, 1)
+
+    assert await roll_out() == [prompt.story.id for prompt in asked]
+    counts = list(stored_before.values())
+    assert min(counts[4:8]) >= 4
+    assert min(counts[8:]) >= 8
 
 
 async def test_a_fault_ends_the_flow_and_nothing_is_tried_again() -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import socket
 import sqlite3
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from tasks.engines.system_metrics import system_metrics
 from tasks.engines.tracker import EXPERIMENT, MlflowTracker
 from tasks.titles.config import default_tracking_uri, load_profile
 from tasks.titles.errors import ServiceUnavailable
+from tasks.titles.run_note import Kind
 
 PROFILE = load_profile("starter")
 
@@ -66,7 +70,7 @@ def test_a_reopened_run_repeats_nothing_and_loses_nothing(uri: str) -> None:
 def test_checkpoints_are_logged_models_found_by_their_metric(uri: str, tmp_path: Path) -> None:
     tracker = MlflowTracker.open(PROFILE, run_name="models", tracking_uri=uri)
     for step, reward in ((0, 2.0), (10, 11.0), (20, 9.0)):
-        metrics = {"val/reward/mean": reward, "val/matches/mean": 0.9}
+        metrics = {"val/reward/mean": reward, "val/matches/mean": 0.9, "train/reward": 1.0}
         tracker.log_metrics(step, metrics)
         tracker.log_checkpoint(step, adapter(tmp_path / f"{step:04d}", str(step).encode()), metrics)
         tracker.log_checkpoint_metrics(step, {"test/reward": reward - 1})
@@ -116,6 +120,75 @@ def test_the_reward_curve_is_a_picture(uri: str) -> None:
     tracker.log_reward_curve(best_step=10)
     path = MlflowClient(uri).download_artifacts(tracker.run_id, "reward_curve.png")
     assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+def note_of(uri: str, run_id: str) -> str:
+    return MlflowClient(uri).get_run(run_id).data.tags["mlflow.note.content"]
+
+
+def test_a_run_is_described_from_its_start_on(uri: str) -> None:
+    tracker = MlflowTracker.open(PROFILE, run_name="described", tracking_uri=uri, note="What it is.")
+    assert note_of(uri, tracker.run_id) == "What it is."
+    again = MlflowTracker.open(
+        PROFILE, run_name="described", tracking_uri=uri, note="Another.", resume_run_id=tracker.run_id
+    )
+    assert note_of(uri, tracker.run_id) == "What it is."
+    again.describe("What came of it.")
+    assert note_of(uri, tracker.run_id) == "What came of it."
+
+
+def test_compared_runs_are_children_that_lead_to_the_newest_report(uri: str) -> None:
+    names = ("seed-1", "seed-2", "comparison", "later-comparison")
+    kinds: tuple[Kind, ...] = ("training", "training", "comparison", "comparison")
+    one, two, first, second = (
+        MlflowTracker.open(PROFILE, run_name=name, tracking_uri=uri, kind=kind, note=f"Note of {name}.")
+        for name, kind in zip(names, kinds, strict=True)
+    )
+    first.adopt([one.run_id, two.run_id])
+    first.adopt([one.run_id, two.run_id])
+    second.adopt([two.run_id])
+    two.describe("Evaluated since.")
+    client = MlflowClient(uri)
+    for child, note, parent in ((one, "Note of seed-1.", first), (two, "Evaluated since.", second)):
+        link = f"[report]({parent.page('report.html')})"
+        assert note_of(uri, child.run_id) == f"{note}\n\nCompared with others: {link}."
+        assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    children = client.search_runs([first.experiment_id], f"tags.mlflow.parentRunId = '{second.run_id}'")
+    assert [run.info.run_id for run in children] == [two.run_id]
+    kinds_found = client.search_runs([first.experiment_id], "tags.kind = 'comparison'")
+    assert {run.info.run_name for run in kinds_found} == {"comparison", "later-comparison"}
+    assert all("engine" not in run.data.tags for run in kinds_found)
+
+
+def test_a_run_that_mlflow_does_not_know_is_no_child(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    child, parent = (MlflowTracker.open(PROFILE, run_name=name, tracking_uri=uri) for name in ("child", "parent"))
+    with caplog.at_level(logging.WARNING):
+        parent.adopt(["0123456789abcdef0123456789abcdef", child.run_id])
+    assert "refused child 0123456789abcdef0123456789abcdef" in caplog.text
+    assert MlflowClient(uri).get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_what_the_machine_does_is_recorded_and_goes_on_when_a_run_is_reopened(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    tracker = MlflowTracker.open(PROFILE, run_name="machine", tracking_uri=uri)
+    tracker.log_metrics(1, {"train/reward": 1.0})
+    name, lengths = "system/cpu_utilization_percentage", []
+    for _ in range(2):
+        before = lengths[-1] if lengths else 0
+        with system_metrics(tracker.run_id, uri):
+            end = time.monotonic() + 60
+            while len(rows(uri, tracker.run_id, name)) < before + 2 and time.monotonic() < end:
+                time.sleep(0.05)
+        found = rows(uri, tracker.run_id, name)
+        assert [step for step, _ in found] == list(range(len(found)))
+        lengths.append(len(found))
+    assert lengths[0] >= 2 and lengths[1] >= lengths[0] + 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+    # They are no part of what training logged.
+    again = MlflowTracker.open(PROFILE, run_name="machine", tracking_uri=uri, resume_run_id=tracker.run_id)
+    assert again.history() == {"train/reward": [(1, 1.0)]}
 
 
 def test_at_the_start_an_unreachable_server_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,26 @@ def test_the_exit_code_and_the_end_of_the_log_are_there_after_the_end(log: Path)
     assert "cannot be read" in child.log_end()
 
 
+def test_new_lines_come_whole_and_once_and_a_progress_bar_as_it_stands(log: Path) -> None:
+    log.parent.mkdir()
+    log.write_text("of an earlier child\n")
+    said = r"'one\n\nbar  5%\rbar 100%\nhal'"
+    child = ChildProcess(
+        python(f"import sys; print({said}, end='', flush=True); sys.stdin.read(1); print('f\\nend', end='')"),
+        log_path=log,
+    )
+    seen: list[str] = []
+    while len(seen) < 2:
+        seen += child.new_lines()
+        assert child.poll() is None, log.read_text()
+    assert seen == ["one", "bar 100%"], "a line that is being written waits for its end"
+    child._socket.sendall(b"x")
+    assert wait_for_end(child) == 0
+    assert child.new_lines() == ["half", "end"]
+    assert child.new_lines() == []
+    child.stop()
+
+
 def test_only_the_end_of_a_long_log_is_read(log: Path) -> None:
     child = ChildProcess(python("print('a' * 10_000_000 + 'b'); print('last')"), log_path=log)
     assert wait_for_end(child) == 0

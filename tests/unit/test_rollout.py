@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from fastapi import FastAPI, Request, Response
 from reward_server.client import RewardClient
 from tasks.titles.errors import DataError, ServiceUnavailable, TooManyFailures, UnreadableVerdict
 from tasks.titles.prompts import policy_messages
-from tasks.titles.rollout import Roller, RolloutGroup, Sampling, check_failures
+from tasks.titles.rollout import GroupRoller, RemoteGroupRoller, Roller, RolloutGroup, Sampling, check_failures
 from tasks.titles.rollout_metrics import train_metrics, trainable, val_metrics
 from tasks.titles.story import Prompt, Story
 
@@ -194,10 +195,10 @@ async def test_both_judges_are_asked_at_the_same_time(server: ScriptedServer) ->
 
 async def test_a_title_is_written_before_it_is_judged(server: ScriptedServer) -> None:
     server.delay_s = 0.1
-    before = time.monotonic()
+    before = time.time()
     [group] = await roll(server, size=1)
     # The policy and, after it, the judges each take the delay.
-    assert before + 0.1 <= group.rollouts[0].written <= time.monotonic() - 0.1
+    assert before + 0.1 <= group.rollouts[0].written <= time.time() - 0.1
 
 
 async def test_concurrency_is_bounded(server: ScriptedServer) -> None:
@@ -290,6 +291,29 @@ async def test_a_blank_title_is_the_policys_own_failure(server: ScriptedServer, 
     assert metrics["train/score"] == 2.5  # of the one title that was judged
     assert metrics["train/matches"] == 0.5
     assert val_metrics([group])["val/score/mean"] == 2.5
+
+
+async def test_a_group_roller_asks_the_same_of_the_same_servers_in_another_process(server: ScriptedServer) -> None:
+    endpoint = SimpleNamespace(base_url=f"{server.url}/v1", api_key="default", base_model_name="base")
+    async with (
+        RewardClient(server.url, "key", retries=1) as client,
+        Roller(
+            endpoint=endpoint,
+            reward_client=client,
+            max_completion_tokens=20,
+            context_tokens=100,
+            concurrency=8,
+            retries=1,
+        ) as roller,
+    ):
+        here = GroupRoller(roller, SAMPLING, 3)
+        there = pickle.loads(pickle.dumps(here))
+        assert isinstance(there, RemoteGroupRoller)
+        groups = [await rollout(prompt()) for rollout in (here, there)]
+    titles = [[(rollout.title, rollout.reward) for rollout in group.rollouts] for group in groups]
+    assert titles[0] == titles[1] and len(titles[0]) == 3
+    asked = asked_of(server, "policy")
+    assert sorted(one["seed"] for one in asked[:3]) == sorted(one["seed"] for one in asked[3:])
 
 
 async def test_a_prompt_that_leaves_no_room_is_never_sent(server: ScriptedServer) -> None:

@@ -9,6 +9,7 @@ import pytest
 from tasks.titles.config import load_profile
 from tasks.titles.errors import TooManyFailures
 from tasks.titles.evaluation import MEASURES, EvaluatedTitle, check_evaluation, figures, reward_gain, story_means
+from tasks.titles.ruler import Ruler
 from tasks.titles.summary import (
     Evaluation,
     TrainingFacts,
@@ -22,6 +23,7 @@ from tasks.titles.summary import (
 
 PROFILE = load_profile("starter", ["bootstrap_samples=200"])
 QUALITY = {"rmse": 0.8, "rmse_baseline": 1.1, "pearson": 0.7, "spearman": 0.6}
+RULER = Ruler(stories="s", reward_model="r", validator="v", sampling="t")
 FACTS = TrainingFacts(
     engine="art", steps=20, best_step=10, seconds=100.0, trajectories_dropped=3, collapsed_at=None, mlflow_run_id="abc"
 )
@@ -56,7 +58,7 @@ def all_titles(stories: int = 10, writers: tuple[str, ...] = ("base", "best")) -
 
 
 def evaluation(titles: list[EvaluatedTitle], **changes: object) -> Evaluation:
-    values: dict[str, object] = {"reward_model": QUALITY, "seconds": 20.0} | changes
+    values: dict[str, object] = {"ruler": RULER, "reward_model": QUALITY, "seconds": 20.0} | changes
     return evaluate_figures("mine", PROFILE, FACTS, titles, **values)  # type: ignore[arg-type]
 
 

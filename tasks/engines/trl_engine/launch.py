@@ -10,7 +10,9 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 
 from tasks.engines.checkpoints import latest_complete
@@ -26,12 +28,15 @@ from tasks.titles.config import Settings
 from tasks.titles.errors import HnTitlesError, RunStopped
 
 logger = logging.getLogger(__name__)
+trainer_logger = logging.getLogger(f"{__name__}.trainer")
 
 LOG = "trainer.log"
 FAILURE = "failure.json"
 """Where the trainer's process says why it stopped, in the engine's folder: `{"error": class name, "message": …}`."""
 _POLL_S = 0.25
 _LOG_LINES = 20
+# As `process.main` has it written.
+_OWN_LINE = re.compile(r"\S+ \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) ([\w.]+): (.*)")
 
 
 async def train(
@@ -79,6 +84,7 @@ async def _follow(
     try:
         while True:
             code = child.poll()
+            pass_on(child.new_lines())
             told = _tell_after(told, request, tracker, on_progress)
             if code is not None:
                 break
@@ -99,6 +105,16 @@ def _tell_after(told: int, request: TrainingRequest, tracker: RunTracker, on_pro
         if on_progress is not None:
             on_progress(progress)
     return committed
+
+
+def pass_on(lines: Iterable[str]) -> None:
+    """Log what the trainer's process wrote, so that it is also seen where this process's log is."""
+    for line in lines:
+        own = _OWN_LINE.fullmatch(line)
+        if own:
+            trainer_logger.log(logging.getLevelNamesMapping()[own[1]], "%s: %s", own[2], own[3])
+        else:
+            trainer_logger.info("%s", line)
 
 
 def _failure(code: int, file: Path, log_end: str) -> HnTitlesError:

@@ -122,7 +122,7 @@ class TitleRewards:
 
     def _judge(self, items: Sequence[tuple[Prompt, str, int]]) -> tuple[list[Rollout | Failure], list[float]]:
         """Return the outcomes, and the share of neither True nor False for each title where there is one."""
-        written = time.monotonic()
+        started, written = time.monotonic(), time.time()
         titles = [title.strip() for _, title, _ in items]
         # A blank title is the policy's own failure: there is nothing to judge, and it earns nothing.
         pairs = [(prompt.story, title) for (prompt, _, _), title in zip(items, titles, strict=True) if title]
@@ -132,7 +132,7 @@ class TitleRewards:
             scores = scoring.result()
         finally:
             scoring.cancel()
-        seconds = time.monotonic() - written
+        seconds = time.monotonic() - started
         judgements = iter([_judgement(*pair) for pair in zip(scores, verdicts, strict=True)])
         outcomes: list[Rollout | Failure] = []
         for (prompt, _, tokens), title in zip(items, titles, strict=True):
