@@ -18,6 +18,7 @@ from flows.form import (
     training_fields,
 )
 from flows.progress import tell
+from flows.termination import cancelled_by_sigterm
 from tasks.data import prepare_prompts_task
 from tasks.engines.contract import Progress
 from tasks.engines.training_state import MAY_CHANGE
@@ -87,7 +88,10 @@ async def train_titles(
         )
         tell("stories", 1, 1, prompts.report.as_line())
         write_json(run.path / "stories.json", prompts.report.as_dict())
-        async with reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge:
+        async with (
+            cancelled_by_sigterm(),
+            reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge,
+        ):
             tell("reward server", 1, 1)
             request = training_request(run, prompts, judge.base_url, settings)
             tell("training", 0, run.profile.max_steps, "starting")

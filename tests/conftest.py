@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,22 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 # anything imports Prefect.
 _prefect_home = tempfile.TemporaryDirectory(prefix="hn-titles-prefect-", ignore_cleanup_errors=True)
 os.environ["PREFECT_HOME"] = _prefect_home.name
+
+
+_SHARE_SERVICES = {"test_browser.py", "test_daily_use.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, and those that need all services at once to the same one: it starts them once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "all services" if Path(file).name in _SHARE_SERVICES else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
