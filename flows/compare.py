@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.form import MaxSteps, Overrides, ProfileName, RunName, Seeds, Stories, TestStories, filled_in
 from flows.progress import tell
-from flows.termination import cancelled_by_sigterm
+from flows.termination import no_sigterm_lost
 from flows.train import train_titles
 from tasks.comparison import compare_command, compared_run, show_comparison, store_comparison
 from tasks.data import prepare_prompts_task
@@ -68,7 +68,7 @@ async def compare_engines(
             for checkpoint, folder in checkpoint_folders(run, one.training).items()
         }
         async with (
-            cancelled_by_sigterm(),
+            no_sigterm_lost(),
             reward_server(home, settings, "reward-model", lambda waited: tell("judges", waited)) as judge,
             heldout_reward_server(home, settings) as heldout,
             serve_checkpoints(home.profile, base_model_of(home.profile), folders) as server,

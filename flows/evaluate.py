@@ -8,7 +8,7 @@ from prefect import flow
 
 from flows.form import Overrides, ProfileName, RunName, TestStories, filled_in
 from flows.progress import tell
-from flows.termination import cancelled_by_sigterm
+from flows.termination import no_sigterm_lost
 from tasks.data import prepare_prompts_task
 from tasks.engines.policy_server import serve_checkpoints
 from tasks.evaluation import evaluate_titles, measure_reward_model, measured_with, store_evaluation
@@ -45,7 +45,7 @@ async def evaluate_run(
         training = training_facts(run)
         prompts = prepare_prompts_task(run.profile, settings.runs_dir / ".cache")
         async with (
-            cancelled_by_sigterm(),
+            no_sigterm_lost(),
             reward_server(run, settings, "reward-model", lambda waited: tell("judges", waited)) as judge,
             heldout_reward_server(run, settings) as heldout,
             serve_checkpoints(run.profile, base_model_of(run.profile), checkpoint_folders(run, training)) as server,

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+
+from prefect.exceptions import TerminationSignal
 
 
 @asynccontextmanager
-async def cancelled_by_sigterm() -> AsyncIterator[None]:
-    """Have SIGTERM cancel the present task meanwhile, as Ctrl-C does.
+async def no_sigterm_lost() -> AsyncIterator[None]:
+    """Cancel the present task where what Prefect raises for SIGTERM would get lost.
 
-    Prefect's own handler raises wherever the main thread happens to be. In a callback of the event loop asyncio logs
-    what was raised and goes on, and so does the flow. What is cancelled must not keep the loop waiting.
+    Its handler raises wherever the main thread happens to be. In a callback of the event loop, or in a task that nobody
+    waits for, asyncio only logs what was raised, and the flow would go on.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
-        yield
-        return
     task = asyncio.current_task()
     assert task is not None
     loop = asyncio.get_running_loop()
-    prefects = signal.getsignal(signal.SIGTERM)
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    before = loop.get_exception_handler()
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception"), TerminationSignal):
+            task.cancel()
+        elif before is not None:
+            before(loop, context)
+        else:
+            loop.default_exception_handler(context)
+
+    loop.set_exception_handler(handle)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, prefects)
+        loop.set_exception_handler(before)

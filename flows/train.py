@@ -18,7 +18,7 @@ from flows.form import (
     training_fields,
 )
 from flows.progress import tell
-from flows.termination import cancelled_by_sigterm
+from flows.termination import no_sigterm_lost
 from tasks.data import prepare_prompts_task
 from tasks.engines.contract import Progress
 from tasks.engines.training_state import MAY_CHANGE
@@ -89,7 +89,7 @@ async def train_titles(
         tell("stories", 1, 1, prompts.report.as_line())
         write_json(run.path / "stories.json", prompts.report.as_dict())
         async with (
-            cancelled_by_sigterm(),
+            no_sigterm_lost(),
             reward_server(run, settings, "reward-model", lambda waited: tell("reward server", waited)) as judge,
         ):
             tell("reward server", 1, 1)

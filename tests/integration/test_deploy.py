@@ -131,7 +131,7 @@ async def test_the_form_has_choices_ranges_and_descriptions() -> None:
         schema = (await read(client, "train/train-art")).parameter_openapi_schema
     assert schema is not None
     fields = schema["properties"]
-    assert fields["profile"]["enum"] == ["qwen-0.5b", "qwen-7b", "starter"]
+    assert fields["profile"]["enum"] == ["qwen-0.5b", "qwen-7b", "starter", "starter-gpu"]
     assert fields["engine"]["enum"] == ["art"]
     assert fields["max_steps"].items() >= {"type": "integer", "minimum": 1, "maximum": 100_000}.items()
     assert all(field["description"] for field in fields.values())

@@ -5,45 +5,58 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from prefect import flow
+from prefect.exceptions import TerminationSignal
 
-from flows.termination import cancelled_by_sigterm
+from flows.termination import no_sigterm_lost
+
+WHERE = ("the flow's own task", "a callback", "a task that nobody waits for")
+
+
+@pytest.fixture(autouse=True)
+def survived() -> Iterator[None]:
+    """Prefect hands SIGTERM on to the handler that was there before; Python's own would end the tests."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+async def terminate_soon() -> None:
+    terminate()
+
+
 @flow(name="waiting")
-async def wait_long(*, in_a_callback: bool) -> None:
-    async with cancelled_by_sigterm():
-        if in_a_callback:
-            # What Prefect's handler raises here, asyncio only logs.
+async def wait_long(where: str) -> None:
+    async with no_sigterm_lost():
+        if where == WHERE[0]:
+            terminate()
+        elif where == WHERE[1]:
             asyncio.get_running_loop().call_soon(terminate)
         else:
-            terminate()
+            _ = asyncio.create_task(terminate_soon())
+            del _
         await asyncio.sleep(60)
 
 
-@pytest.mark.parametrize("in_a_callback", [False, True])
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.usefixtures("prefect_harness")
-def test_a_flow_ends_wherever_its_event_loop_is(in_a_callback: bool) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(asyncio.CancelledError):
-        asyncio.run(wait_long(in_a_callback=in_a_callback))
-    assert signal.getsignal(signal.SIGTERM) is before
+def test_a_flow_ends_wherever_its_event_loop_is(where: str) -> None:
+    with pytest.raises((asyncio.CancelledError, TerminationSignal)):
+        asyncio.run(wait_long(where))
 
 
-async def test_the_handler_from_before_stands_again_afterwards() -> None:
-    def handler(*_: object) -> None:
-        pass
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        async with cancelled_by_sigterm():
-            assert signal.getsignal(signal.SIGTERM) is not handler
-        assert signal.getsignal(signal.SIGTERM) is handler
-    finally:
-        signal.signal(signal.SIGTERM, before)
+async def test_other_errors_go_where_they_went_before() -> None:
+    heard = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: heard.append(context["message"]))
+    async with no_sigterm_lost():
+        loop.call_exception_handler({"message": "meanwhile", "exception": ValueError()})
+    loop.call_exception_handler({"message": "afterwards"})
+    assert heard == ["meanwhile", "afterwards"]
