@@ -1,10 +1,12 @@
 """Many Prefect task runs on the flow's own event loop, at nearly the pace of bare coroutines.
 
-A task run costs its process some 4 ms besides its work, most of it before the work begins and after it ends.
-Prefect's thread pool makes that 55 ms: each task run gets an event loop and API clients of its own. On one loop
+A task run costs its process a few milliseconds besides its work, most of it before the work begins and after it ends.
+Prefect's thread pool makes that 46 ms: each task run gets an event loop and API clients of its own. On one loop
 the few milliseconds still add up where many task runs end at the same time, because each that ends keeps the next
 from beginning. Here the beginnings and endings queue up and go on one per turn of the loop, so that work which can
-go on never waits for more than one of them.
+go on never waits for more than one of them. On two cores 256 half-second task runs, 64 at once, take 1.07 times as
+long as bare coroutines, 1.16 times awaited under a semaphore and 5.8 times on the thread pool (`bench.task_runner`);
+5,000 short ones took 18 ms each, and the server kept them all.
 """
 
 from __future__ import annotations
