@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flows import cli_deploy, cli_policy, cli_reward_model, cli_services
-from flows.cli_options import EngineOption, FreshOption, ProfileOption, RunNameOption, SetOption
+from flows.cli_options import (
+    EngineOption,
+    FinishedRunOption,
+    FreshOption,
+    NewestOfProfileOption,
+    ProfileOption,
+    RunNameOption,
+    SetOption,
+)
 from flows.cli_results import show_comparison, show_results, show_trained
 from flows.execute import Flow, execute, prepare_environment, verb_of
 from tasks.titles.config import EngineName
@@ -119,12 +127,8 @@ def train(
 
 @app.command()
 def evaluate(
-    run_name: Annotated[
-        str | None, typer.Option("--run-name", "-n", help="The run; without it, the newest one.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", "-p", help="Without a run name: the newest run of this profile.")
-    ] = None,
+    run_name: FinishedRunOption = None,
+    profile: NewestOfProfileOption = None,
     set_: SetOption = None,
 ) -> None:
     """Evaluate a run's best and last checkpoint, the base model and the human titles on the test stories.

@@ -9,7 +9,10 @@ import typer
 from tasks.titles.config import EngineName
 
 ProfileOption = Annotated[
-    str, typer.Option("--profile", "-p", help="A profile's name (starter, qwen-0.5b, qwen-7b) or a .toml file.")
+    str,
+    typer.Option(
+        "--profile", "-p", help="A profile's name (starter, starter-gpu, qwen-0.5b, qwen-7b) or a .toml file."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -36,5 +39,9 @@ RunNameOption = Annotated[
         help="The run's folder in runs/; continued where it exists. "
         "Without it the newest unfinished run of the very same settings is continued, or a new one started.",
     ),
+]
+FinishedRunOption = Annotated[str | None, typer.Option("--run-name", "-n", help="The run; without it, the newest one.")]
+NewestOfProfileOption = Annotated[
+    str | None, typer.Option("--profile", "-p", help="Without a run name: the newest run of this profile.")
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start a new run even where one could be continued.")]

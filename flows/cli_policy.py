@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli_options import ProfileOption, SetOption
+from flows.cli_options import FinishedRunOption, NewestOfProfileOption, ProfileOption, SetOption
 from flows.cli_results import show_promotion, show_suggestions
 from flows.execute import STAGES, Flow, execute, prepare_environment
 
@@ -18,12 +18,8 @@ app = typer.Typer()
 
 @app.command()
 def promote(
-    run_name: Annotated[
-        str | None, typer.Option("--run-name", "-n", help="The run; without it, the newest one.")
-    ] = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", "-p", help="Without a run name: the newest run of this profile.")
-    ] = None,
+    run_name: FinishedRunOption = None,
+    profile: NewestOfProfileOption = None,
     set_: SetOption = None,
 ) -> None:
     """Register an evaluated run's best checkpoint; make it champion where it is surely better than the present one.
