@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import socket
@@ -14,6 +15,12 @@ from tasks.titles.child_process import end_with_stdin
 from tasks.titles.errors import ConfigError, HnTitlesError, UserError
 
 logger = logging.getLogger("reward_server")
+
+_KEPT_BYTES = 2**30
+"""Freed memory that the server keeps for the next forward pass."""
+_LARGEST_FROM_HEAP = 32 * 2**20
+"""The most that glibc takes for `M_MMAP_THRESHOLD`."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 
 
 def serve(settings: RewardServerSettings) -> None:
@@ -30,6 +37,7 @@ def serve(settings: RewardServerSettings) -> None:
     # them, five times as long where both cores are busy. A run's own server gets OMP_WAIT_POLICY=PASSIVE.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    _keep_freed_memory()
     import uvicorn
 
     from reward_server.app import create_app
@@ -79,6 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{kind}{error}\n")
         return error.exit_code
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc, where it is the C library, keep what a forward pass frees instead of giving it back to the kernel.
+
+    Otherwise the next pass has its pages zeroed again: a million page faults for 48 texts of 1,800 tokens, a seventh of
+    the time on two cores. By itself glibc learns this in some processes and not in others.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _listen(settings: RewardServerSettings) -> socket.socket:
