@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,12 @@ _STEM_TOKENS = (*range(32, 256, 32), *range(256, 1024, 128), *range(1024, 4097, 
 _BRANCH_TOKENS = (64, 96, 128, 160, 192, 256, 512)
 _TEXTS_A_ROW = 8
 _MOST_GRAPHS = 128
+# Capturing takes longer than computing, so a shape is captured when it comes again; later where a graph of a larger
+# shape serves it meanwhile.
+_USES_ALONE = 2
+_USES_SERVED = 6
+_MOST_EXTRA = 1.5
+"""Tokens of a larger shape, as a multiple, up to which its graph is faster than passes without one."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,20 @@ class Shape:
     stem_tokens: int
     branch_tokens: int
     """0 where nothing branches; otherwise all rows have branches, and up to `_TEXTS_A_ROW` texts each."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that both passes read."""
+        return self.rows * (self.stem_tokens + self.branch_tokens)
+
+    def holds(self, other: Shape) -> bool:
+        """Whether inputs of shape `other` can be padded up to this one."""
+        return (
+            self.rows >= other.rows
+            and self.stem_tokens >= other.stem_tokens
+            and self.branch_tokens >= other.branch_tokens
+            and bool(self.branch_tokens) == bool(other.branch_tokens)
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +91,17 @@ def pad(inputs: Inputs, shape: Shape, pad_id: int, no_owner: int) -> Inputs:
     )
 
 
+def shape_to_use(needed: Shape, captured: Collection[Shape], uses: int) -> Shape | None:
+    """Return the shape whose graph serves `needed`, which came `uses` times without one of its own; None for no graph.
+
+    One that is not in `captured` is to be captured.
+    """
+    larger = [shape for shape in captured if shape.holds(needed) and shape.tokens <= _MOST_EXTRA * needed.tokens]
+    if needed in captured or uses >= (_USES_SERVED if larger else _USES_ALONE):
+        return needed
+    return min(larger, key=lambda shape: shape.tokens, default=None)
+
+
 class Graphs:
     """Replays a function of `Inputs`, captured once for each shape that comes again."""
 
@@ -79,29 +110,31 @@ class Graphs:
         self._logits = logits
         self._pad_id = pad_id
         self._no_owner = no_owner
-        self._captured: OrderedDict[Shape, _Captured | None] = OrderedDict()
-        """None for a shape that came once: capturing takes longer than computing."""
+        self._captured: OrderedDict[Shape, _Captured] = OrderedDict()
+        """The last used one last."""
+        self._uses: Counter[Shape] = Counter()
+        """How often each shape came that had no graph of its own."""
         self._pool = torch.cuda.graph_pool_handle()
         self._broken = False
 
     def logits(self, inputs: Inputs) -> torch.Tensor | None:
         """Return the scores [texts] on the CPU; None where no graph is to be used."""
-        shape = None if self._broken else shape_of(inputs)
+        needed = None if self._broken else shape_of(inputs)
+        if needed is None:
+            return None
+        if needed not in self._captured:
+            self._uses[needed] += 1
+        shape = shape_to_use(needed, self._captured, self._uses[needed])
         if shape is None:
             return None
-        first_time = shape not in self._captured
-        captured = self._captured.setdefault(shape, None)
+        padded = pad(inputs, shape, self._pad_id, self._no_owner)
+        captured = self._captured.get(shape) or self._capture(padded)
+        if captured is None:
+            return None
+        self._captured[shape] = captured
         self._captured.move_to_end(shape)
         if len(self._captured) > _MOST_GRAPHS:
             self._captured.popitem(last=False)
-        if first_time:
-            return None
-        padded = pad(inputs, shape, self._pad_id, self._no_owner)
-        if captured is None:
-            captured = self._capture(padded)
-            if captured is None:
-                return None
-            self._captured[shape] = captured
         for static, value in zip(captured.inputs, padded, strict=True):
             static.copy_(value, non_blocking=True)
         captured.graph.replay()

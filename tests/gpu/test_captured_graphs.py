@@ -38,15 +38,15 @@ def test_replayed_passes_give_the_scores_of_plain_ones(dtype: str) -> None:
     for number in range(60):
         texts = texts_of(generator, longest=(20, 200, 900)[number % 3])
         expected = [scorer._plain_scores([text])[0] for text in texts]
-        # The first time a shape is computed as it is, the second time it is captured, then replayed.
-        for _ in range(4):
+        # At first a shape is computed as it is or by a larger one's graph, then it is captured and replayed.
+        for _ in range(8):
             scores = scorer.score_tokens(texts)
             largest = max(largest, *(abs(score - wanted) for score, wanted in zip(scores, expected, strict=True)))
     sys.stdout.write(f"{dtype}: {largest:.2g}\n")
     assert largest < TOLERANCE[dtype]
     graphs = scorer._passes._graphs
     assert not graphs._broken
-    assert sum(captured is not None for captured in graphs._captured.values()) > 20
+    assert len(graphs._captured) > 20
 
 
 def test_many_shapes_do_not_fill_the_memory() -> None:

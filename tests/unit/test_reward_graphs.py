@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reward_server.graphs import MOST_TOKENS, Shape, pad, shape_of
+from reward_server.graphs import MOST_TOKENS, Shape, pad, shape_of, shape_to_use
 from reward_server.passes import Inputs
 
 EMPTY = torch.zeros((0, 0), dtype=torch.long)
@@ -57,3 +57,22 @@ def test_padding_keeps_what_is_there() -> None:
     assert padded.owners.sum() == 3 * 40 - (6 * 64 - 120)
     assert padded.stem_lengths.tolist() == [200, 200, 200, 0, 0, 0]
     assert padded.ends.shape == (48, 2)
+
+
+NEEDED = Shape(8, 2048, 96)
+
+
+@pytest.mark.parametrize(
+    ("captured", "uses", "shape"),
+    [
+        ((), 1, None),  # computed as it is: it may never come again
+        ((), 2, NEEDED),
+        ((NEEDED, Shape(8, 2304, 96)), 0, NEEDED),
+        ((Shape(12, 2304, 96), Shape(8, 2304, 96), Shape(8, 2048, 128)), 1, Shape(8, 2048, 128)),
+        ((Shape(8, 2304, 96),), 5, Shape(8, 2304, 96)),
+        ((Shape(8, 2304, 96),), 6, NEEDED),
+        ((Shape(8, 4096, 96), Shape(6, 2048, 96), Shape(8, 1792, 96), Shape(8, 2048, 64), Shape(8, 2048, 0)), 1, None),
+    ],
+)
+def test_a_larger_shape_serves_until_one_came_often(captured: tuple[Shape, ...], uses: int, shape: Shape) -> None:
+    assert shape_to_use(NEEDED, captured, uses) == shape
