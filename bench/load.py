@@ -6,10 +6,13 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 from urllib.parse import urlsplit
+
+from reward_server.client import RewardClient, RewardInput
+from reward_server.joined import JoinedScores
 
 TITLES = 6
 """Titles of one story: a trajectory group."""
@@ -111,21 +114,40 @@ async def send_singly(url: str, titles: Sequence[Title], clients: int) -> Answer
     return Answers(scores, seconds, latencies)
 
 
-async def send_steps(url: str, titles: Sequence[Title], *, together: bool) -> Answers:
-    """Send one training step after the other: its titles `together` in one request, or each in its own at once."""
+async def send_joined(url: str, titles: Sequence[Title]) -> Answers:
+    """Send titles at once as ART's loop does: through the project's client, which joins them into few requests."""
+    latencies = [0.0] * len(titles)
+
+    async def score(scores: JoinedScores, index: int) -> float:
+        sent = time.perf_counter()
+        answer = await scores.score(RewardInput(titles[index]["title"], titles[index]["scraped_body"]))
+        latencies[index] = time.perf_counter() - sent
+        return answer.score
+
+    async with RewardClient(url) as client:
+        await client.score(RewardInput("A title", "A body."))  # connects, as a training has from its second step on
+        joined = JoinedScores(client)
+        start = time.perf_counter()
+        scores = await asyncio.gather(*(score(joined, index) for index in range(len(titles))))
+        return Answers(scores, time.perf_counter() - start, latencies)
+
+
+async def send_together(url: str, titles: Sequence[Title]) -> Answers:
+    """Send titles in one request, as TRL's reward function does."""
+    connection = await Connection.open(url)
+    start = time.perf_counter()
+    answer = await connection.post("/score/batch", json.dumps(list(titles)).encode())
+    seconds = time.perf_counter() - start
+    connection.close()
+    return Answers([entry["score"] for entry in answer], seconds, [seconds])
+
+
+async def send_steps(titles: Sequence[Title], send: Callable[[Sequence[Title]], Awaitable[Answers]]) -> Answers:
+    """`send` the titles of one training step after the other."""
     size = STORIES * TITLES
     answers = Answers([], 0.0)
     for place in range(0, len(titles), size):
-        step = titles[place : place + size]
-        if together:
-            connection = await Connection.open(url)
-            start = time.perf_counter()
-            answer = await connection.post("/score/batch", json.dumps(step).encode())
-            seconds = time.perf_counter() - start
-            connection.close()
-            part = Answers([entry["score"] for entry in answer], seconds, [seconds])
-        else:
-            part = await send_singly(url, step, clients=size)
+        part = await send(titles[place : place + size])
         answers.scores += part.scores
         answers.seconds += part.seconds
         answers.latencies += part.latencies

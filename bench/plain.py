@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from reward_server.encoding import text_of
 from reward_server.model_files import find_model
-from reward_server.schemas import ScoreRequest
+from reward_server.schemas import ScoreAnswer, ScoreRequest
 from reward_server.scorer import load_classifier, prepare_device, silence_transformers
 from tasks.titles.child_process import end_with_stdin
 
@@ -65,12 +65,12 @@ def plain_app(scorer: PlainScorer) -> FastAPI:
     app = FastAPI()
 
     @app.post("/score")
-    async def score(body: ScoreRequest) -> dict[str, float]:
-        return {"score": scorer.scores([text_of(body)])[0]}
+    async def score(body: ScoreRequest) -> ScoreAnswer:
+        return ScoreAnswer(score=scorer.scores([text_of(body)])[0], version="plain")
 
     @app.post("/score/batch")
-    async def score_batch(body: list[ScoreRequest]) -> list[dict[str, float]]:
-        return [{"score": scorer.scores([text_of(item)])[0]} for item in body]
+    async def score_batch(body: list[ScoreRequest]) -> list[ScoreAnswer]:
+        return [await score(item) for item in body]
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -5,10 +5,11 @@ In one run, in changing order over several rounds, the same titles go to
   ours_prefix   the reward server as it is by default,
   plain         a server that makes one forward pass for each title,
   limit         no server: one loop over batches of like length, of the best batch size, in this process.
-Loads, for bodies of several lengths: `titles` (each title in its own request, from 1, 8 and 64 clients), `burst` (the
-8 x 6 titles of a training step at once, then the next step, as ART's loop sends them) and `batch` (the same in one
-request, as TRL's does). Rates are titles per second, medians over the rounds; latencies are those of ours_prefix, and
-max_abs_diff is its largest difference to plain. The result is a table and bench/reward_server.json.
+Loads, for bodies of several lengths: `titles` (each title in its own request, from 1, 8 and 64 clients) and the 8 x 6
+titles of a training step at once, then those of the next step: `burst` (48 requests), `step` (as ART's loop sends them:
+through the client, which joins them) and `batch` (one request, as TRL's reward function sends them). Rates are
+titles per second, medians over the rounds; latencies are those of ours_prefix, and max_abs_diff is its largest
+difference to plain. The result is a table and bench/reward_server.json.
 
 `--requests N` does something else: it sends N titles of short bodies and fails where the server's memory grows.
 """
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from bench.load import STORIES, TITLES, Answers, Stories, Title, send_singly, send_steps
+from bench.load import (
+    STORIES,
+    TITLES,
+    Answers,
+    Stories,
+    Title,
+    send_joined,
+    send_singly,
+    send_steps,
+    send_together,
+)
 from bench.plain import PlainScorer
 from bench.random_model import random_qwen
 from reward_server.encoding import text_of
@@ -82,7 +93,12 @@ class Load:
         """Send `titles` to the server at `url`."""
         if self.kind == "titles":
             return await send_singly(url, titles, self.clients)
-        return await send_steps(url, titles, together=self.kind == "batch")
+        send: dict[str, Callable[[Sequence[Title]], Awaitable[Answers]]] = {
+            "burst": lambda step: send_singly(url, step, self.clients),
+            "step": lambda step: send_joined(url, step),
+            "batch": lambda step: send_together(url, step),
+        }
+        return await send_steps(titles, send[self.kind])
 
 
 @dataclass
@@ -169,7 +185,7 @@ def measure(options: argparse.Namespace, model: str, urls: dict[str, str], conso
         size = best_batch_size(scorer, texts_of(titles), BATCH_SIZES[options.device])
         console.print(f"bodies of {body_tokens} tokens: the limit's best batch size is {size}")
         loads = [Load("titles", body_tokens, clients) for clients in CLIENTS]
-        loads += [Load("burst", body_tokens, 48), Load("batch", body_tokens, 1)]
+        loads += [Load("burst", body_tokens, 48), Load("step", body_tokens, 1), Load("batch", body_tokens, 1)]
         for load in loads:
             measured = asyncio.run(measure_load(load, options, stories, scorer, size, urls))
             rows.append(row_of(load, device, measured))

@@ -14,7 +14,8 @@ import httpx
 from reward_server.dialects import Dialect, Health, OwnDialect, RewardInput, Score
 from reward_server.schemas import MAX_BATCH
 from reward_server.vllm_dialect import VllmDialect
-from tasks.titles.errors import ConfigError, ServiceRejected, ServiceUnavailable
+from tasks.titles.errors import ConfigError, ServiceError, ServiceRejected, ServiceUnavailable
+from tasks.titles.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,27 @@ class RewardClient:
         for start in range(0, len(items), MAX_BATCH):
             scores.extend(await self._dialect.score_batch(items[start : start + MAX_BATCH]))
         return scores
+
+    async def score_each(self, items: Sequence[RewardInput]) -> list[Score | ServiceError]:
+        """Return for each title, in order, its score or why it has none.
+
+        A batch that the server refuses is asked for title by title: the others of it do not suffer.
+        """
+        if len(items) == 1:
+            return [await self._score_or_error(items[0])]
+        try:
+            return list(await self.score_batch(items))
+        except ServiceUnavailable as error:
+            return [error] * len(items)
+        except ServiceRejected as error:
+            logger.warning("A batch of %d titles is scored title by title: %s", len(items), error)
+        return await together(self._score_or_error(item) for item in items)
+
+    async def _score_or_error(self, item: RewardInput) -> Score | ServiceError:
+        try:
+            return await self.score(item)
+        except ServiceError as error:
+            return error
 
     async def health(self) -> Health:
         """Ask the server for the score of a tiny text and what model it runs."""

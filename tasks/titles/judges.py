@@ -41,7 +41,9 @@ class Judges:
     """The reward server and the base model, behind one call."""
 
     def __init__(self, *, reward_client: RewardClient, validator: AsyncOpenAI, base_model_name: str) -> None:
-        self._reward_client = reward_client
+        from reward_server.joined import JoinedScores
+
+        self._scores = JoinedScores(reward_client)
         self._validator = validator
         self._base_model_name = base_model_name
 
@@ -65,7 +67,7 @@ class Judges:
         from reward_server.client import RewardInput
 
         try:
-            answer = await self._reward_client.score(RewardInput.from_story(story, title))
+            answer = await self._scores.score(RewardInput.from_story(story, title))
         except ServiceError as error:
             error.service = "reward model"
             raise

@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 
 from reward_server.client import RewardClient, RewardInput, Score
 from tasks.engines.trl_engine.validator import LocalValidator, Verdict
-from tasks.titles.errors import ServiceError, ServiceRejected, ServiceUnavailable, UnreadableVerdict
+from tasks.titles.errors import ServiceError, UnreadableVerdict
 from tasks.titles.group_statistics import has_spread
 from tasks.titles.judges import Judgement
 from tasks.titles.rollout import Failure, Rollout, RolloutGroup, check_failures
 from tasks.titles.story import Prompt, Story
-from tasks.titles.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class TitleRewards:
         titles = [title.strip() for _, title, _ in items]
         # A blank title is the policy's own failure: there is nothing to judge, and it earns nothing.
         pairs = [(prompt.story, title) for (prompt, _, _), title in zip(items, titles, strict=True) if title]
-        scoring = self._submit(self._scores(pairs))
+        scoring = self._submit(self._client.score_each([RewardInput.from_story(*pair) for pair in pairs]))
         try:
             verdicts = self._validator.judge(pairs)
             scores = scoring.result()
@@ -157,22 +156,6 @@ class TitleRewards:
                 )
             )
         return outcomes, [verdict.neither for verdict in verdicts if verdict.neither is not None]
-
-    async def _scores(self, pairs: Sequence[tuple[Story, str]]) -> list[Score | ServiceError]:
-        inputs = [RewardInput.from_story(story, title) for story, title in pairs]
-        try:
-            return list(await self._client.score_batch(inputs))
-        except ServiceUnavailable as error:
-            return [error] * len(inputs)
-        except ServiceRejected as error:
-            logger.warning("A batch of %d titles is scored title by title: %s", len(inputs), error)
-        return await together(self._score(one) for one in inputs)
-
-    async def _score(self, one: RewardInput) -> Score | ServiceError:
-        try:
-            return await self._client.score(one)
-        except ServiceError as error:
-            return error
 
     def _submit(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
