@@ -20,7 +20,7 @@ _KEPT_BYTES = 2**30
 """Freed memory that the server keeps for the next forward pass."""
 _LARGEST_FROM_HEAP = 32 * 2**20
 """The most that glibc takes for `M_MMAP_THRESHOLD`."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def serve(settings: RewardServerSettings) -> None:
@@ -97,7 +97,6 @@ def _keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_FROM_HEAP)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
