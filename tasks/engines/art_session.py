@@ -210,6 +210,7 @@ def check_art_settings(profile: Profile) -> None:
         )
     if packed is not None and packed > LOGPROB_CHUNK and packed % LOGPROB_CHUNK:
         raise ConfigError(f"packed_sequence_length above {LOGPROB_CHUNK} must be a multiple of it, got {packed}.")
+    _check_gpus(profile)
     if profile.device == "cuda" and profile.updates_per_step != "per_sequence":
         raise ConfigError(
             "On a GPU ART makes one update per packed sequence: updates_per_step must be 'per_sequence', got "
@@ -217,14 +218,46 @@ def check_art_settings(profile: Profile) -> None:
         )
 
 
+def _check_gpus(profile: Profile) -> None:
+    """Raise `ConfigError` for GPUs that ART's dedicated mode does not go by; it has one for each of its two parts."""
+    trainer, inference = profile.art.trainer_gpus, profile.art.inference_gpus
+    if not trainer and not inference:
+        if profile.devices > 1:
+            raise ConfigError(
+                f"ART trains on one GPU, but the profile sets devices = {profile.devices}. Set it to 1; to give vLLM a "
+                "GPU of its own, set art.trainer_gpus = [0] and art.inference_gpus = [1]."
+            )
+        return
+    came = f"got art.trainer_gpus = {list(trainer)} and art.inference_gpus = {list(inference)}"
+    if profile.device == "cpu":
+        raise ConfigError(f"art.trainer_gpus and art.inference_gpus need device = 'cuda', but it is 'cpu': {came}.")
+    if trainer != (0,) or len(inference) != 1 or inference == trainer:
+        raise ConfigError(
+            f"ART's dedicated mode trains on GPU 0 and has one other for vLLM, but {came}. Set both, such as [0] and "
+            "[1], or leave both out."
+        )
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None and shown.replace(" ", "").split(",")[: len(trainer)] != ["0"]:
+        raise ConfigError(
+            f"ART's dedicated mode counts all of the machine's GPUs, whatever CUDA_VISIBLE_DEVICES={shown} shows. "
+            "Unset it, and name the GPUs in art.trainer_gpus and art.inference_gpus."
+        )
+
+
 def gpu_config(profile: Profile, context_tokens: int) -> Any:
-    """Return ART's internal configuration for one GPU: an `art.dev.InternalModelConfig`.
+    """Return ART's internal configuration for a GPU, or one for each part: an `art.dev.InternalModelConfig`.
 
     `context_tokens` is what vLLM reads at once. Raises `ConfigError` for a rank that vLLM cannot serve.
     """
     import art
 
     trained = profile.max_prompt_tokens + profile.max_completion_tokens
+    dedicated: Any = {}
+    if profile.art.trainer_gpus:
+        dedicated = {
+            "trainer_gpu_ids": list(profile.art.trainer_gpus),
+            "inference_gpu_ids": list(profile.art.inference_gpus),
+        }
     return art.dev.InternalModelConfig(
         init_args=art.dev.InitArgs(
             max_seq_length=profile.packed_sequence_length or _round_up(trained, 2048),
@@ -241,6 +274,7 @@ def gpu_config(profile: Profile, context_tokens: int) -> Any:
         peft_args=art.dev.PeftArgs(r=profile.lora_rank, lora_alpha=profile.lora_alpha, random_state=profile.seed),
         # ART's default optimiser, paged_adamw_8bit, takes CUDA managed memory; the plain 8-bit one does not.
         trainer_args=art.dev.TrainerArgs(max_grad_norm=profile.max_grad_norm, optim="adamw_8bit"),
+        **dedicated,
     )
 
 

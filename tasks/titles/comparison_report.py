@@ -148,7 +148,7 @@ def _run(run: ComparedRun) -> dict[str, Any]:
         "steps": training.steps,
         "best_step": training.best_step,
         "train_seconds": training.seconds,
-        "device_seconds": training.seconds * run.profile.devices,
+        "device_seconds": training.seconds * run.profile.devices_in_use,
         "cost": cost(training.seconds, run.profile),
         "trajectories": run.trajectories,
         "trajectories_dropped": training.trajectories_dropped,

@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks.services.state import services_in_use
@@ -70,6 +70,10 @@ class ArtSettings(BaseModel):
     load_in_4bit: bool = Field(
         False, description="train on 4-bit base weights, which need less memory; vLLM samples with 16-bit ones"
     )
+    trainer_gpus: tuple[NonNegativeInt, ...] = Field(
+        (), description="the GPU that trains, (0) alone, where vLLM has one of its own; unset: one GPU does both"
+    )
+    inference_gpus: tuple[NonNegativeInt, ...] = Field((), description="vLLM's own GPU, such as (1)")
 
 
 class TrlSettings(BaseModel):
@@ -80,9 +84,18 @@ class TrlSettings(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
     micro_batch: int = Field(12, ge=1, description="titles per forward and backward pass, on each device")
     vllm_mode: Literal["colocate", "server"] = Field(
-        "colocate", description="on a GPU: vLLM in the trainer's process, or the server at VLLM_SERVER_URL"
+        "colocate", description="on a GPU: vLLM in the trainer's process, or a server on GPUs of its own"
     )
-    vllm_memory_share: float = Field(0.3, gt=0, lt=1, description="share of the GPU's memory for vLLM when colocated")
+    vllm_memory_share: float = Field(0.3, gt=0, lt=1, description="share of the GPU's memory for vLLM")
+    vllm_sleep: bool = Field(
+        True, description="colocated vLLM gives its memory to the trainer between rollouts; false saves the time for it"
+    )
+    server_gpus: tuple[NonNegativeInt, ...] = Field(
+        (), description="GPUs of a vLLM server that the run starts itself; unset: the server at VLLM_SERVER_URL"
+    )
+    trainer_gpus: tuple[NonNegativeInt, ...] = Field(
+        (), description="the trainer's GPUs beside `server_gpus`, one for each of `devices`; unset: the first visible"
+    )
     unsloth: bool = Field(False, description="on a GPU: load and train the model with Unsloth")
 
 
@@ -166,7 +179,7 @@ class Profile(BaseModel):
     reward_training: RewardTraining = Field(
         default_factory=lambda: RewardTraining.model_validate({}), description="how a reward model is trained"
     )
-    devices: int = Field(1, ge=1, description="GPUs that training computes on; the CPU counts as one")
+    devices: int = Field(1, ge=1, description="TRL: trainer processes, each with a GPU of its own; a CPU they share")
     price_per_device_hour: float = Field(0.0, ge=0, description="money that a device costs an hour, in any currency")
 
     # sampling while training: anything but these values biases the importance ratio
@@ -193,6 +206,15 @@ class Profile(BaseModel):
         pattern=REGISTRY_NAME,
         description="the policy's name in MLflow's registry; one name for each base model",
     )
+
+    @property
+    def devices_in_use(self) -> int:
+        """GPUs that a training holds, those of a vLLM of its own included; the CPU counts as one."""
+        if self.device == "cpu":
+            return 1
+        if self.engine == "art":
+            return len(self.art.trainer_gpus) + len(self.art.inference_gpus) or 1
+        return self.devices + len(self.trl.server_gpus)
 
     @model_validator(mode="after")
     def _sampling_is_unbiased(self) -> Profile:

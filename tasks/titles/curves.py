@@ -66,7 +66,7 @@ def curve(rows: Rows, profile: Profile) -> list[CurvePoint]:
                 trajectories=trajectories,
                 tokens=tokens,
                 seconds=seconds,
-                device_seconds=seconds * profile.devices,
+                device_seconds=seconds * profile.devices_in_use,
                 cost=cost(seconds, profile),
                 train_reward=row.get(TRAIN_REWARD),
                 val_reward=row.get(VAL_REWARD_MEAN),
@@ -79,7 +79,7 @@ def cost(seconds: float, profile: Profile) -> float | None:
     """Return what `seconds` of wall clock cost on the profile's devices, None where it names no price."""
     if profile.price_per_device_hour == 0:
         return None
-    return seconds * profile.devices * profile.price_per_device_hour / _SECONDS_PER_HOUR
+    return seconds * profile.devices_in_use * profile.price_per_device_hour / _SECONDS_PER_HOUR
 
 
 def time_per_step(rows: Rows) -> TimeSplit:

@@ -130,3 +130,22 @@ def test_the_hub_endpoint_of_a_dotenv_file_reaches_the_environment(
     monkeypatch.setenv("HF_ENDPOINT", "https://other.example")
     export_hub_endpoint()
     assert os.environ["HF_ENDPOINT"] == "https://other.example"
+
+
+@pytest.mark.parametrize(
+    ("profile", "overrides", "devices"),
+    [
+        ("starter", ["devices=2", "engine=trl"], 1),
+        ("qwen-0.5b", [], 1),
+        ("qwen-0.5b", ["art.trainer_gpus=[0]", "art.inference_gpus=[1]"], 2),
+        ("qwen-0.5b", ["engine=trl", "devices=3"], 3),
+        ("qwen-0.5b", ["engine=trl", "devices=2", "trl.server_gpus=[2]"], 3),
+    ],
+)
+def test_all_gpus_that_a_run_holds_are_counted(profile: str, overrides: list[str], devices: int) -> None:
+    assert load_profile(profile, overrides).devices_in_use == devices
+
+
+def test_a_gpu_has_no_negative_number() -> None:
+    with pytest.raises(ConfigError, match=r"trl\.server_gpus"):
+        load_profile("qwen-0.5b", ["trl.server_gpus=[-1]"])

@@ -47,7 +47,7 @@ def rows(tmp_path: Path) -> dict[int, dict[str, float]]:
 
 
 def test_the_curve_adds_up_what_was_spent(rows: dict[int, dict[str, float]]) -> None:
-    profile = load_profile("starter", ["devices=2", "price_per_device_hour=3.6"])
+    profile = load_profile("starter-gpu", ["engine=trl", "devices=2", "price_per_device_hour=3.6"])
     assert curve(rows, profile) == [
         CurvePoint(0, 0, 0, 0.0, 0.0, 0.0, None, 1.0),
         CurvePoint(1, 47, 600, 12.0, 24.0, pytest.approx(0.024), 1.1, None),

@@ -78,11 +78,16 @@ def test_a_step_is_one_update_on_all_its_titles(profile: Profile, per_device: in
             ["6 titles", "4 devices", "groups_per_step to a multiple of 2", "devices to one of 1, 2, 3, 6"],
         ),
         (["devices=7"], ["groups_per_step to a multiple of 7"]),
-        (["device=cpu", "devices=2"], ["one CPU", "devices", "device = 'cuda'"]),
-        (["device=cpu", "trl.unsloth=true"], ["one CPU", "trl.unsloth"]),
-        (["device=cpu", "trl.vllm_mode=server"], ["one CPU", "trl.vllm_mode = 'server'"]),
+        (["device=cpu", "trl.unsloth=true"], ["a CPU", "trl.unsloth", "device = 'cuda'"]),
+        (["device=cpu", "trl.vllm_mode=server"], ["a CPU", "trl.vllm_mode = 'server'"]),
         (["trl.vllm_mode=server"], ["VLLM_SERVER_URL", "vllm serve Qwen/Qwen2.5-0.5B-Instruct", '"backend": "nccl"']),
         (["trl.vllm_mode=server", "trl.unsloth=true"], ["Unsloth", "'colocate'"]),
+        (["groups_per_step=2", "devices=2", "trl.unsloth=true"], ["Unsloth", "devices = 2"]),
+        (["trl.server_gpus=[1]", "trl.trainer_gpus=[0]"], ["trl.server_gpus = [1]", "'server'"]),
+        (["trl.vllm_mode=server", "trl.server_gpus=[1]"], ["trl.server_gpus = [1]", "trl.trainer_gpus", "1 device(s)"]),
+        (["trl.trainer_gpus=[0,1]"], ["trl.trainer_gpus = [0, 1]", "devices = 1"]),
+        (["trl.vllm_mode=server", "trl.server_gpus=[0]", "trl.trainer_gpus=[0]"], ["each GPU once"]),
+        (["devices=2", "trl.trainer_gpus=[3,3]"], ["each GPU once"]),
     ],
 )
 def test_what_trl_would_not_follow_is_refused_with_what_it_would(overrides: list[str], words: list[str]) -> None:
@@ -140,6 +145,7 @@ COLOCATE = {
     [
         ([], COLOCATE),
         (["trl.vllm_memory_share=0.5"], {**COLOCATE, "vllm_gpu_memory_utilization": 0.5}),
+        (["trl.vllm_sleep=false"], {**COLOCATE, "vllm_enable_sleep_mode": False}),
         (["devices=2"], {**COLOCATE, "ddp_find_unused_parameters": False}),
         (["trl.vllm_mode=server"], {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:8000"}),
         (["trl.unsloth=true"], {"vllm_mode": "colocate"}),
@@ -152,6 +158,9 @@ def test_a_gpu_generates_with_vllm(overrides: list[str], expected: dict[str, Any
     fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
     assert set(chosen) <= fields
     own = {key: value for key, value in chosen.items() if key.startswith(("vllm_", "ddp_"))}
+    # Any free one: two runs on one machine must not meet.
+    assert ("vllm_group_port" in own) is ("vllm_server_base_url" in own)
+    assert own.pop("vllm_group_port", 1024) >= 1024
     assert own == expected
     assert (chosen["use_vllm"], chosen["bf16"], chosen["gradient_checkpointing"]) == (True, True, True)
     assert "use_cpu" not in chosen
@@ -178,6 +187,14 @@ def test_both_engines_train_the_same_adapter_with_the_same_optimiser() -> None:
 )
 def test_the_learning_rate_warms_up_in_equal_parts(step: int, warmup_steps: int, factor: float) -> None:
     assert warmup_factor(step, warmup_steps) == factor
+
+
+def test_processes_on_a_cpu_compute_in_float32() -> None:
+    profile = load_profile("starter", ["devices=2"])
+    command = launch_command(profile, Path("a.parquet"))
+    assert command[command.index("--mixed_precision") + 1] == "no"
+    assert command[command.index("--num_processes") + 1] == "2"
+    assert arguments(profile)["ddp_find_unused_parameters"] is False
 
 
 def test_one_device_needs_no_launcher() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tasks.engines.trl_engine.gpus import free_port, visible_gpus
 from tasks.titles.config import Profile
 from tasks.titles.errors import ConfigError
 
@@ -29,29 +30,26 @@ def check_trl_settings(profile: Profile, *, vllm_server_url: str | None = None) 
     """
     if profile.device == "cpu":
         on_gpu_alone = {
-            "devices": profile.devices > 1,
             "trl.unsloth": profile.trl.unsloth,
             "trl.vllm_mode = 'server'": profile.trl.vllm_mode == "server",
         }
         wrong = [name for name, is_set in on_gpu_alone.items() if is_set]
         if wrong:
             raise ConfigError(
-                f"TRL trains on one CPU without Unsloth and vLLM, but the profile sets {', '.join(wrong)}. "
+                f"TRL trains on a CPU without Unsloth and vLLM, but the profile sets {', '.join(wrong)}. "
                 "Leave that out, or set device = 'cuda'."
             )
-    if profile.trl.vllm_mode == "server":
-        if profile.trl.unsloth:
-            raise ConfigError(
-                "Unsloth generates with a vLLM of its own, but the profile sets trl.vllm_mode = 'server'. "
-                "Set it to 'colocate', or trl.unsloth to false."
-            )
-        if vllm_server_url is None:
-            raise ConfigError(
-                "trl.vllm_mode = 'server' needs the server's address. Start VLLM_SERVER_DEV_MODE=1 vllm serve "
-                f'{profile.base_model} --weight-transfer-config \'{{"backend": "nccl"}}\' '
-                "--logprobs-mode processed_logprobs --max-logprobs -1 on another GPU and set VLLM_SERVER_URL, "
-                "or set trl.vllm_mode to 'colocate'."
-            )
+    if profile.trl.unsloth:
+        _check_unsloth(profile)
+    _check_gpus(profile)
+    if profile.trl.vllm_mode == "server" and not profile.trl.server_gpus and vllm_server_url is None:
+        raise ConfigError(
+            "trl.vllm_mode = 'server' needs a server. Set trl.server_gpus and trl.trainer_gpus, and the run starts it; "
+            "or start VLLM_SERVER_DEV_MODE=1 vllm serve "
+            f'{profile.base_model} --weight-transfer-config \'{{"backend": "nccl"}}\' '
+            "--logprobs-mode processed_logprobs --max-logprobs -1 on another GPU and set VLLM_SERVER_URL; "
+            "or set trl.vllm_mode to 'colocate'."
+        )
     _check_batch(profile)
     if profile.trl.warmup_steps > profile.max_steps:
         logger.warning(
@@ -59,6 +57,44 @@ def check_trl_settings(profile: Profile, *, vllm_server_url: str | None = None) 
             "Lower trl.warmup_steps where that is not meant.",
             profile.trl.warmup_steps,
             profile.max_steps,
+        )
+
+
+def _check_unsloth(profile: Profile) -> None:
+    if profile.trl.vllm_mode == "server":
+        raise ConfigError(
+            "Unsloth generates with a vLLM of its own, but the profile sets trl.vllm_mode = 'server'. "
+            "Set it to 'colocate', or trl.unsloth to false."
+        )
+    if profile.devices > 1:
+        raise ConfigError(
+            f"Unsloth trains on one GPU with vLLM in the same process, but the profile sets devices = "
+            f"{profile.devices}. Set it to 1, or trl.unsloth to false."
+        )
+
+
+def _check_gpus(profile: Profile) -> None:
+    """Raise `ConfigError` where the GPUs of trainer and server are not told apart."""
+    trainer, server = profile.trl.trainer_gpus, profile.trl.server_gpus
+    if profile.trl.vllm_mode == "colocate" and server:
+        raise ConfigError(
+            f"trl.server_gpus = {list(server)} are for a vLLM server, but trl.vllm_mode is 'colocate'. Set it to "
+            "'server', or leave trl.server_gpus out."
+        )
+    if server and not trainer:
+        raise ConfigError(
+            f"trl.server_gpus = {list(server)} are the server's alone: name the trainer's in trl.trainer_gpus, one for "
+            f"each of {profile.devices} device(s)."
+        )
+    if trainer and len(trainer) != profile.devices:
+        raise ConfigError(
+            f"trl.trainer_gpus = {list(trainer)} must name one GPU for each of devices = {profile.devices}. Set one "
+            "of them to fit the other."
+        )
+    if len({*trainer, *server}) < len(trainer) + len(server):
+        raise ConfigError(
+            f"trl.trainer_gpus = {list(trainer)} and trl.server_gpus = {list(server)} must name each GPU once: the "
+            "server and every process of the trainer have one of their own."
         )
 
 
@@ -111,6 +147,9 @@ def grpo_arguments(
     }
     if profile.loss.trl == "cispo":
         arguments["epsilon_high"] = CISPO_LARGEST_RATIO
+    if profile.devices > 1:
+        # Every pass uses every LoRA weight; the search for unused ones walks the whole graph at each pass.
+        arguments["ddp_find_unused_parameters"] = False
     arguments |= _cpu_arguments() if profile.device == "cpu" else _cuda_arguments(profile, vllm_server_url)
     return arguments
 
@@ -127,11 +166,9 @@ def _cuda_arguments(profile: Profile, vllm_server_url: str | None) -> dict[str, 
         # Prompts of 8,000 tokens need it: what a pass must remember otherwise outgrows the GPU beside vLLM.
         "gradient_checkpointing": True,
     }
-    if profile.devices > 1:
-        # Every pass uses every LoRA weight; the search for unused ones walks the whole graph at each pass.
-        arguments["ddp_find_unused_parameters"] = False
     if profile.trl.vllm_mode == "server":
-        return {**arguments, "vllm_server_base_url": vllm_server_url}
+        # The port is where trainer and server meet to pass weights on. A fixed one would be for one run at a time.
+        return {**arguments, "vllm_server_base_url": vllm_server_url, "vllm_group_port": free_port()}
     if profile.trl.unsloth:
         # Unsloth makes the engine with the model, where its share of the memory and its length are given.
         return arguments
@@ -140,7 +177,7 @@ def _cuda_arguments(profile: Profile, vllm_server_url: str | None) -> dict[str, 
         "vllm_gpu_memory_utilization": profile.trl.vllm_memory_share,
         "vllm_max_model_length": profile.max_prompt_tokens + profile.max_completion_tokens,
         # its memory is the trainer's during the update
-        "vllm_enable_sleep_mode": True,
+        "vllm_enable_sleep_mode": profile.trl.vllm_sleep,
     }
 
 
@@ -189,10 +226,11 @@ def launch_command(profile: Profile, request_path: Path) -> list[str]:
         "machine_rank": 0,
         "gpu_ids": "all",  # of those that CUDA_VISIBLE_DEVICES shows
         "main_process_port": 0,  # any free one, so that two runs can share a machine
-        "mixed_precision": "bf16",
+        "mixed_precision": "no" if profile.device == "cpu" else "bf16",
         "dynamo_backend": "no",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    # `--multi_gpu` means torchrun on this machine, with or without a GPU; `--cpu` would ask for MPI.
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *flags, *process]
 
 
@@ -221,6 +259,11 @@ def trainer_environment(profile: Profile) -> dict[str, str]:
         if importlib.util.find_spec("flashinfer") is None:
             # vLLM looks for flashinfer's sampler without asking whether it is there.
             variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        if profile.trl.trainer_gpus:
+            variables |= visible_gpus(profile.trl.trainer_gpus)
+        if profile.trl.server_gpus:
+            # Trainer and server meet on this machine; vLLM looks for an address that others reach it by.
+            variables["VLLM_HOST_IP"] = "127.0.0.1"
     if profile.trl.unsloth:
         variables["UNSLOTH_DISABLE_STATISTICS"] = "1"
     return variables

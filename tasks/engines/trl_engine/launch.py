@@ -22,6 +22,7 @@ from tasks.engines.ledger import check_start, finish, tell, tell_all
 from tasks.engines.resume import checkpoints_folder, engine_folder, journal_of, prepare_to_continue, stored_state
 from tasks.engines.trl_engine.arguments import check_trl_settings, launch_command, trainer_environment
 from tasks.engines.trl_engine.request_file import API_KEY, write_request
+from tasks.engines.trl_engine.vllm_server import open_vllm_server
 from tasks.titles import errors
 from tasks.titles.child_process import ChildProcess
 from tasks.titles.config import Settings
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 trainer_logger = logging.getLogger(f"{__name__}.trainer")
 
 LOG = "trainer.log"
+VLLM_SERVER_URL = "VLLM_SERVER_URL"
+"""The variable of the trainer's environment that tells it where vLLM's server is."""
 FAILURE = "failure.json"
 """Where the trainer's process says why it stopped, in the engine's folder: `{"error": class name, "message": …}`."""
 _POLL_S = 0.25
@@ -55,7 +58,8 @@ async def train(
     tell_all(request, tracker)
     if state is None or state.cursor.step < profile.max_steps:
         told = state.cursor.step if state else -1
-        await _follow(request, tracker, on_progress, told)
+        async with open_vllm_server(profile, request.base_model, request.run_dir) as url:
+            await _follow(request, tracker, on_progress, told, url)
         state = stored_state(request.run_dir, "trl")
     if state is None or state.cursor.step < profile.max_steps:
         raise RunStopped(
@@ -66,7 +70,11 @@ async def train(
 
 
 async def _follow(
-    request: TrainingRequest, tracker: RunTracker, on_progress: ProgressListener | None, told: int
+    request: TrainingRequest,
+    tracker: RunTracker,
+    on_progress: ProgressListener | None,
+    told: int,
+    vllm_server_url: str | None,
 ) -> None:
     """Run the process to its end and tell of every step after `told` as soon as it is committed."""
     folder = engine_folder(request.run_dir, "trl")
@@ -75,6 +83,11 @@ async def _follow(
     environment = {**os.environ, **trainer_environment(request.profile)}
     # Set even where there is no key: it outranks one in `.env`.
     environment[API_KEY] = request.reward_model_api_key or ""
+    if request.profile.trl.unsloth:
+        # It writes the classes that it generates to a folder of the working directory.
+        environment["UNSLOTH_COMPILE_LOCATION"] = str(folder / "unsloth")
+    if vllm_server_url is not None:
+        environment[VLLM_SERVER_URL] = vllm_server_url
     child = ChildProcess(
         [*launch_command(request.profile, path), tracker.run_id],
         log_path=request.run_dir / LOG,

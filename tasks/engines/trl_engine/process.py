@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from tasks.titles.run_directory import write_json
 def main(request_path: str, mlflow_run_id: str) -> int:
     """Train as the request says; leave the reason where training stops itself, and return the exit code."""
     end_with_stdin()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # `accelerate launch` numbers the processes; the others go through what the first one tells of.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     request = read_request(Path(request_path))

@@ -13,6 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
 from reward_server.client import RewardClient, RewardInput, Score
 from tasks.engines.trl_engine.validator import LocalValidator, Verdict
 from tasks.titles.errors import ServiceError, UnreadableVerdict
@@ -36,7 +39,7 @@ class Judged:
     """What was judged since the last look."""
 
     rows: list[Row]
-    """Each title or failure with its prompt, in TRL's order."""
+    """Each title or failure of all processes with its prompt, in TRL's order."""
     seconds: float
     neither: float | None
     """Mean share of probability that the validator gave neither True nor False; None where it judged nothing."""
@@ -45,7 +48,8 @@ class Judged:
 class TitleRewards:
     """The reward function for `GRPOTrainer`; close it after training.
 
-    In a training on several processes each has one of its own and sees its own slice of the batch.
+    In a training on several processes each has one of its own and judges its own slice of the batch. They exchange
+    what came of it, so that all of them see whole groups and stop for the same reason.
     """
 
     __name__ = "title_reward"
@@ -91,7 +95,7 @@ class TitleRewards:
         """Return the reward of each completion, None for one that has none: TRL leaves that row out of its group.
 
         `story_id` is a column of the data set; `prompts` are its prompts, which the stories tell better. Raises
-        `TooManyFailures` when more than `max_failed_share` of the rows failed.
+        `TooManyFailures` when more than `max_failed_share` of all processes' rows failed.
         """
         started = time.monotonic()
         items = [
@@ -99,12 +103,14 @@ class TitleRewards:
             for story, completion, ids in zip(story_id, completions, completion_ids, strict=True)
         ]
         outcomes, neither = self._judge(items)
-        rows = [(prompt, outcome) for (prompt, _, _), outcome in zip(items, outcomes, strict=True)]
+        own = [(prompt, outcome) for (prompt, _, _), outcome in zip(items, outcomes, strict=True)]
+        rows: list[Row] = gather_object(own)
         self._rows += rows
-        self._neither += neither
+        self._neither += gather_object(neither)
         self._seconds += time.monotonic() - started
         check_failures(groups_of(rows), self._max_failed_share)
-        return [reward for group in _by_story(rows) for reward in _handed_over(group)]
+        first = PartialState().process_index * len(own)
+        return [reward for group in _by_story(rows) for reward in _handed_over(group)][first : first + len(own)]
 
     def judge(self, items: Sequence[tuple[Prompt, str, int]]) -> list[Rollout | Failure]:
         """Return the outcome of each (prompt, title as sampled, number of sampled tokens), in order.

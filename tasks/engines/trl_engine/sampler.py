@@ -25,6 +25,7 @@ from tasks.engines.cpu.cores import Cores
 from tasks.engines.cpu.decoder import Decoder
 from tasks.engines.cpu.sampler import Completion, Generation, generate
 from tasks.engines.cpu.weights import check_supported, copy_state, decoder_weights, merge_adapter
+from tasks.engines.trl_engine.validator import plain_logits
 from tasks.titles.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,15 +40,19 @@ tokens that they are of: here always the sampled one alone."""
 
 
 class CpuGeneration:
-    """Samples with weights of its own; does what `GRPOTrainer` asks of TRL's `VLLMGeneration`, for one process.
+    """Samples with weights of its own; does what `GRPOTrainer` asks of TRL's `VLLMGeneration`.
 
     Titles are sampled at temperature 1, the only one that a profile allows.
     """
 
-    def __init__(self, model: PeftModel, *, max_tokens: int, seed_of: SeedOf, cores: Cores) -> None:
+    def __init__(
+        self, model: PeftModel, *, max_tokens: int, seed_of: SeedOf, cores: Cores, process_index: int = 0
+    ) -> None:
         """Copy the weights below the adapter of `model`; the adapter comes with `sync_weights`.
 
-        Raises `ConfigError` for a model that the CPU's decoder cannot sample from exactly.
+        `process_index` is this process's among those that share the batch: their shares, all of one size, follow
+        each other, and a group may reach from one into the next. Raises `ConfigError` for a model that the CPU's
+        decoder cannot sample from exactly.
         """
         base = cast(PreTrainedModel, model.get_base_model())
         check_supported(base.config)
@@ -61,6 +66,7 @@ class CpuGeneration:
         self._max_tokens = max_tokens
         self._seed_of = seed_of
         self._cores = cores
+        self._process_index = process_index
 
     def sync_weights(self) -> None:
         """Take over the trainer's adapter, the way that it would travel to another process: through files."""
@@ -77,10 +83,11 @@ class CpuGeneration:
         profiler: AbstractContextManager[Any] | None = None,
     ) -> Titles:
         """Return one title per prompt; each prompt comes `num_generations` times in a row, as TRL sends them."""
+        first = self._process_index * len(prompts)
         with profiler or nullcontext():
             titles = self.sample(
                 prompts,
-                [self._seed_of(tuple(prompt), place % num_generations) for place, prompt in enumerate(prompts)],
+                [self._seed_of(tuple(prompt), place % num_generations) for place, prompt in enumerate(prompts, first)],
             )
         return (
             prompts,
@@ -146,7 +153,8 @@ class Canary:
     def _trainer_logprobs(self, title: Sequence[int]) -> list[float]:
         model = self._trainer.model
         tokens = torch.tensor([[*self._prompt, *title]], device=model.device)
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(self._prompt) - 1 : -1]
+        with plain_logits():
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(self._prompt) - 1 : -1]
         written = tokens[0, len(self._prompt) :, None]
         return cast(list[float], logits.float().log_softmax(dim=-1).gather(1, written)[:, 0].tolist())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from tasks.engines.trl_engine.arguments import optimizer_settings
 from tasks.engines.trl_engine.reward import TitleRewards, groups_of
 from tasks.engines.trl_engine.sampler import CpuGeneration, watch
 from tasks.engines.trl_engine.seeds import TitleSeeds
+from tasks.engines.trl_engine.stopwatch import Stopwatch
 from tasks.titles import metric_names as names
 from tasks.titles.cursor import sampling_seed
 from tasks.titles.errors import NothingToTrainOn
@@ -65,15 +66,20 @@ class StepCallback(TrainerCallback):
         """Groups of the last steps in a row that had nothing to train on."""
         self._empty_steps = 0
         self._begun = 0.0
-        self._seconds = {"write": 0.0, "sync": 0.0}
+        self._watch = Stopwatch()
+        self._save = self._watch.timed("save", self._write_checkpoint)
 
     def attach(self, trainer: GRPOTrainer) -> None:
         """Watch the sampler of `trainer`; must come before it trains."""
         self._trainer = trainer
         self._canary = watch(trainer, self._profile.canary_tolerance)
         generation: Any = trainer.vllm_generation
-        generation.generate = self._timed("write", generation.generate)
-        generation.sync_weights = self._timed("sync", generation.sync_weights)
+        generation.generate = self._watch.timed("write", generation.generate)
+        generation.sync_weights = self._watch.timed("sync", generation.sync_weights)
+        vllm = getattr(generation, "llm", None)
+        if vllm is not None:  # in this process
+            vllm.sleep = self._watch.timed("sleep", vllm.sleep, part=True)
+            vllm.wake_up = self._watch.timed("sleep", vllm.wake_up, part=True)
 
     def start(self) -> None:
         """Validate the untrained adapter and commit it as checkpoint 0."""
@@ -85,7 +91,7 @@ class StepCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say which titles come next, and seed what else of TRL is random: how it deals titles to micro-batches."""
         self._begun = time.monotonic()
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._watch.reset()
         before = self._state.cursor
         prompts, cursor = before.next_batch(self._request.train, self._profile.groups_per_step)
         self._after = replace(self._state, cursor=cursor.stepped())
@@ -105,30 +111,31 @@ class StepCallback(TrainerCallback):
         if not logs or "loss" not in logs:
             return  # the summary at the end of a sitting
         step = self._after.cursor.step
-        # Before the canary writes its title.
-        write_seconds = self._seconds["write"]
         self._save(step)
         self._sync()
         seconds = time.monotonic() - self._begun
         judged = self._rewards.take()
-        groups = groups_of(gather_object(judged.rows))
+        groups = groups_of(judged.rows)
         failed = check_failures(groups, self._profile.max_failed_share)
         self._watch_for_empty_steps(groups)
         after = replace(self._after, trajectories_dropped=self._state.trajectories_dropped + failed)
         metrics = train_metrics(groups) | {
             own: logs[theirs] for theirs, own in TRAINER_METRICS.items() if theirs in logs
         }
-        rollout = write_seconds + judged.seconds
+        rollout = self._watch["write"] + judged.seconds
         metrics |= {
             names.TRAIN_EMPTY_BATCHES: float(not trainable(groups)),
             names.TIME_ROLLOUT: rollout,
             names.TIME_JUDGE: judged.seconds,
-            names.TIME_TRAIN: seconds - rollout - self._seconds["sync"],
+            names.TIME_TRAIN: seconds - rollout - self._watch["save"] - self._watch["sync"],
+            names.TIME_SAVE: self._watch["save"],
+            names.TIME_SYNC: self._watch["sync"],
+            names.TIME_SLEEP: self._watch["sleep"],
             names.TIME_STEP: seconds,
             names.THROUGHPUT_TOKENS: tokens_of(groups) / seconds,
         }
-        if self._canary.difference is not None:
-            metrics[names.CANARY_MAX_DIFFERENCE] = self._canary.difference
+        # Each process has a canary of its own: with vLLM in the process each has its own sampler.
+        metrics[names.CANARY_MAX_DIFFERENCE] = max(gather_object([self._canary.difference]))
         if judged.neither is not None:
             metrics[names.VERDICT_NEITHER] = judged.neither
         titles: list[dict[str, Any]] = []
@@ -143,7 +150,7 @@ class StepCallback(TrainerCallback):
         # TRL would sync once more before it generates.
         self._trainer._last_loaded_step = self._trainer.state.global_step
 
-    def _save(self, step: int) -> None:
+    def _write_checkpoint(self, step: int) -> None:
         if self._trainer.accelerator.is_main_process:
             model = self._trainer.accelerator.unwrap_model(self._trainer.model)
             with write_checkpoint(checkpoints_folder(self._request.run_dir, "trl"), step) as folder:
@@ -206,13 +213,3 @@ class StepCallback(TrainerCallback):
         )
         if self._empty_steps == self._profile.max_empty_batches:
             raise NothingToTrainOn(why_nothing(self._empty, self._empty_steps))
-
-    def _timed(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            started = time.monotonic()
-            try:
-                return function(*arguments, **options)
-            finally:
-                self._seconds[what] += time.monotonic() - started
-
-        return timed

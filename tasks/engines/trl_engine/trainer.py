@@ -8,6 +8,7 @@ the sitting are drawn in order.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers.utils.logging import disable_progress_bar
 from trl import GRPOConfig, GRPOTrainer
 
 from tasks.engines.adapter_files import load_training
+from tasks.engines.context import context_tokens
 from tasks.engines.contract import TrainingRequest
-from tasks.engines.cpu.cores import Cores
+from tasks.engines.cpu.cores import Cores, usable_cores
 from tasks.engines.ledger import Ledger
 from tasks.engines.resume import adapter_folder, engine_folder, stored_state
 from tasks.engines.training_state import TrainingState, first_state
@@ -72,7 +74,8 @@ def train(request: TrainingRequest, mlflow_run_id: str) -> None:
         reward_model_api_key=request.reward_model_api_key,
         max_failed_share=profile.max_failed_share,
     )
-    cores = Cores()
+    # Processes on one CPU share its cores.
+    cores = Cores(max(1, usable_cores() // profile.devices))
     try:
         callback = StepCallback(request, Ledger(request, state), rewards, seeds, optimizer)
         trainer = GRPOTrainer(
@@ -95,7 +98,13 @@ def train(request: TrainingRequest, mlflow_run_id: str) -> None:
         # (transformers issue 40709): `max_grad_norm` would mean something else than it does for ART.
         trainer.accelerator.gradient_accumulation_steps = 1
         if profile.device == "cpu":
-            generation = CpuGeneration(model, max_tokens=profile.max_completion_tokens, seed_of=seeds.seed, cores=cores)
+            generation = CpuGeneration(
+                model,
+                max_tokens=profile.max_completion_tokens,
+                seed_of=seeds.seed,
+                cores=cores,
+                process_index=trainer.accelerator.process_index,
+            )
             install(trainer, generation)
         elif not profile.trl.unsloth:  # whose vLLM shares the trainer's base weights and loads adapters
             push_merged_weights(trainer)
@@ -118,7 +127,7 @@ def load_policy(request: TrainingRequest) -> tuple[PeftModel, PreTrainedTokenize
     base = AutoModelForCausalLM.from_pretrained(
         request.base_model,
         dtype=torch.float32 if profile.device == "cpu" else torch.bfloat16,
-        device_map=None if profile.device == "cpu" else {"": torch.cuda.current_device()},
+        device_map=None if profile.device == "cpu" else {"": int(os.environ.get("LOCAL_RANK", "0"))},
         use_safetensors=True,
     )
     model = get_peft_model(base, LoraConfig(**lora_arguments(profile)))
@@ -133,10 +142,12 @@ def _load_with_unsloth(request: TrainingRequest) -> tuple[Any, Any]:
     profile = request.profile
     model, tokenizer = FastLanguageModel.from_pretrained(
         request.base_model,
-        max_seq_length=profile.max_prompt_tokens + profile.max_completion_tokens,
+        # Unsloth cuts off what is longer, and the validator reads more than the policy.
+        max_seq_length=context_tokens(request.base_model, profile),
+        dtype=torch.bfloat16,
         # The validator and the sampler use these very weights; 4-bit ones would be another model's probabilities.
         load_in_4bit=False,
-        fast_inference=profile.trl.vllm_mode == "colocate",
+        fast_inference=True,
         max_lora_rank=profile.lora_rank,
         gpu_memory_utilization=profile.trl.vllm_memory_share,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tasks.titles.errors import ConfigError, UnreadableVerdict
 from tasks.titles.prompts import validator_messages
 from tasks.titles.story import Story
+
+HIDDEN_STATES = "UNSLOTH_RETURN_HIDDEN_STATES"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,20 @@ def _batches(lengths: Sequence[int], tokens_per_pass: int) -> Iterator[list[int]
 
 
 @contextmanager
+def plain_logits() -> Iterator[None]:
+    """Have a model of Unsloth's return logits; its trainer asks for hidden states in their place by this variable."""
+    asked = os.environ.get(HIDDEN_STATES)
+    os.environ[HIDDEN_STATES] = "0"
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[HIDDEN_STATES]
+        else:
+            os.environ[HIDDEN_STATES] = asked
+
+
+@contextmanager
 def _as_base_model(model: PeftModel | PreTrainedModel) -> Iterator[None]:
     """Compute with the base weights, without dropout and gradients; put everything back afterwards.
 
@@ -159,7 +176,11 @@ def _as_base_model(model: PeftModel | PreTrainedModel) -> Iterator[None]:
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
-        with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        with (
+            torch.no_grad(),
+            plain_logits(),
+            model.disable_adapter() if isinstance(model, PeftModel) else nullcontext(),
+        ):
             yield
     finally:
         for module, was_training in training:
