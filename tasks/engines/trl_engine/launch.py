@@ -76,7 +76,7 @@ async def _follow(
     # Set even where there is no key: it outranks one in `.env`.
     environment[API_KEY] = request.reward_model_api_key or ""
     child = ChildProcess(
-        [*launch_command(request.profile, path), tracker.run_id],
+        [*launch_command(request.profile, path, Settings().trl_python), tracker.run_id],
         log_path=request.run_dir / LOG,
         environment=environment,
     )
