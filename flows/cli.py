@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_deploy, cli_policy, cli_reward_model, cli_services
+from flows import cli_deploy, cli_doctor, cli_policy, cli_reward_model, cli_services
 from flows.cli_options import (
     EngineOption,
     FinishedRunOption,
@@ -54,6 +54,7 @@ app.add_typer(cli_policy.app)
 app.add_typer(cli_reward_model.app)
 app.add_typer(cli_services.app)
 app.add_typer(cli_deploy.app)
+app.add_typer(cli_doctor.app)
 
 
 @app.callback()
@@ -105,6 +106,13 @@ def train(
     set_: SetOption = None,
     run_name: RunNameOption = None,
     fresh: FreshOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Start and write nothing: say what it would take and whether it fits. Exit code 2 where it does not.",
+        ),
+    ] = False,
 ) -> None:
     """Train only; hn-titles evaluate does the rest.
 
@@ -113,8 +121,16 @@ def train(
       hn-titles train --engine trl --set max_steps=20
 
       hn-titles train --run-name long --set max_steps=200
+
+      hn-titles train --profile qwen-7b --dry-run
     """
     overrides = _with_engine(set_, engine)
+    if dry_run:
+        from flows.cli_dry_run import check_before_training
+
+        if not check_before_training(profile, overrides, run_name, fresh):
+            raise typer.Exit(UserError.exit_code)
+        return
     run_directory = _open_run(profile, overrides, run_name, fresh, until="trained")
 
     def job() -> Flow:

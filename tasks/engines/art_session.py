@@ -27,7 +27,7 @@ from tasks.engines.resume import (
     prepare_to_continue,
 )
 from tasks.engines.training_state import TrainingState
-from tasks.titles.config import Profile
+from tasks.titles.config import Profile, Settings
 from tasks.titles.errors import CheckpointError, ConfigError
 from tasks.titles.rollout import RolloutGroup
 
@@ -306,3 +306,7 @@ def _prepare_environment() -> None:
     os.environ.setdefault("WEAVE_DISABLED", "true")
     if os.environ.pop("WANDB_API_KEY", None):
         logger.info("WANDB_API_KEY is not used: metrics go to MLflow")
+    vllm = Settings().art_vllm_runtime_bin
+    if vllm:
+        # From `.env`; ART itself reads only the environment.
+        os.environ.setdefault("ART_VLLM_RUNTIME_BIN", vllm)

@@ -205,31 +205,34 @@ def _check(service: Service, started: processes.Started, deadline: float) -> Non
 
 
 def _is_ready(service: Service, settings: ConfiguredSettings) -> bool:
-    if _ask(service.health_url, health_headers(service.name, settings))[0] != 200:
+    if ask(service.health_url, health_headers(service.name, settings))[0] != 200:
         return False
     if service.ready is None:
         return True
     url, expected = service.ready
-    code, text = _ask(url, service.ready_headers)
+    code, text = ask(url, service.ready_headers)
     return code == 200 and expected in text
 
 
 def _health(record: ServiceRecord, settings: ConfiguredSettings) -> str:
     if not is_running(record):
         return "gone"
-    code, text = _ask(record.health_url, health_headers(record.name, settings))
+    code, text = ask(record.health_url, health_headers(record.name, settings))
     if code is None:
         return text
     return "healthy" if code == 200 else f"HTTP {code}: {text:.100}"
 
 
-def _ask(url: str, headers: Mapping[str, str]) -> tuple[int | None, str]:
-    """Return status and text of an answer, or None and what went wrong."""
+def ask(
+    url: str, headers: Mapping[str, str], timeout_s: float = _ASK_TIMEOUT_S, *, proxies: bool = False
+) -> tuple[int | None, str]:
+    """Return status and text of an answer, or None and what went wrong; `proxies`: go through those of the
+    environment."""
     try:
-        answer = httpx.get(url, headers=dict(headers), timeout=_ASK_TIMEOUT_S, trust_env=False)
+        answer = httpx.get(url, headers=dict(headers), timeout=timeout_s, trust_env=proxies)
         return answer.status_code, answer.text
     except httpx.TimeoutException:
-        return None, f"no answer within {_ASK_TIMEOUT_S:g} s"
+        return None, f"no answer within {timeout_s:g} s"
     except httpx.HTTPError as error:
         return None, f"no answer: {error}"
 

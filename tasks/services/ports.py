@@ -39,12 +39,12 @@ def _problem(name: str, title: str, host: str, port: int, error: OSError, wanted
     way_out = f"Choose another one with --port-{name} or HN_TITLES_PORT_{name.upper()}"
     if error.errno == errno.EADDRINUSE:
         twin = next((other for other, its in wanted.items() if its == port and other != name), None)
-        by = f"wanted for '{twin}' too" if twin else f"taken{_holder(port)}"
+        by = f"wanted for '{twin}' too" if twin else f"taken{holder(port)}"
         return f"Port {port} for the {title} is {by}. {way_out}, or stop what holds it."
     return f"The {title} cannot listen on {host}:{port}: {error.strerror or error}. {way_out}, or another --host."
 
 
-def _holder(port: int) -> str:
+def holder(port: int) -> str:
     """Say which process listens on the port, as far as this user may see that."""
     import psutil
 

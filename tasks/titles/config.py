@@ -242,6 +242,15 @@ class ConfiguredSettings(BaseSettings):
     heldout_reward_model_url: str | None = None
     vllm_server_url: str | None = Field(default=None, description="TRL's vLLM server, for trl.vllm_mode = 'server'")
     hf_endpoint: str | None = None
+    trl_python: Path | None = Field(
+        default=None,
+        description="the Python that TRL's trainer runs in, such as .venv-gpu-trl/bin/python; unset: this one",
+    )
+    art_vllm_runtime_bin: str | None = Field(
+        default=None,
+        description="the command of the vLLM server that ART starts, such as "
+        "'.venv-gpu-trl/bin/python -m art_vllm_runtime.dedicated_server'; unset: ART installs one of its own",
+    )
     mlflow_tracking_uri: str | None = Field(default=None, description="unset: SQLite in the runs directory")
     prefect_api_url: str | None = None
     dask_scheduler_address: str | None = Field(

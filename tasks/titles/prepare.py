@@ -37,11 +37,14 @@ class PreparedPrompts:
     report: FilterReport
 
 
-def prepare_prompts(profile: Profile, *, cache_dir: Path, progress: Progress | None = None) -> PreparedPrompts:
+def prepare_prompts(
+    profile: Profile, *, cache_dir: Path, progress: Progress | None = None, keep: bool = True
+) -> PreparedPrompts:
     """Return the prompts that `profile` asks for, and the report of what became of every row.
 
     The source is read on every call; filtering and tokenising it are cached in `cache_dir`, by a hash
-    of the stories, the tokenizer, the profile's limits and the prompt. `progress` follows the tokenising.
+    of the stories, the tokenizer, the profile's limits and the prompt. `progress` follows the tokenising. Without
+    `keep` the cache is read, but nothing is written.
 
     Raises `DataError` where the stories cannot be read or a split has none left, and `ConfigError` where
     the base model has no usable tokenizer.
@@ -65,7 +68,8 @@ def prepare_prompts(profile: Profile, *, cache_dir: Path, progress: Progress | N
     for split in SPLITS:
         if not report.kept.get(split):
             raise _nothing_left(split, report)
-    write_prompts(path, chosen, report.model_dump_json())
+    if keep:
+        write_prompts(path, chosen, report.model_dump_json())
     return _by_split(chosen, report)
 
 

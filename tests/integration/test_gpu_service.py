@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from tasks.engines.gpu.backend import get_model_config
 from tasks.engines.gpu.service import GpuService, UnslothService
 from tasks.starter.paths import BASE_MODEL
 
@@ -83,3 +86,10 @@ async def test_a_continued_run_gets_its_optimiser_back(tmp_path: Path, monkeypat
     assert fresh.state.keys() == trained.state.keys()
     for weight, values in trained.state.items():
         assert torch.equal(fresh.state[weight]["exp_avg"], values["exp_avg"])
+
+
+def test_art_makes_its_configuration_without_megatron_and_nobody_takes_the_stand_ins_for_it() -> None:
+    assert importlib.util.find_spec("megatron") is None, "this test is for machines without it"
+    config = get_model_config(base_model=str(BASE_MODEL), output_dir="nowhere", config=None)
+    assert set(config["peft_args"]["target_modules"]) >= {"q_proj", "down_proj"}
+    assert not [name for name in sys.modules if name.partition(".")[0] == "megatron"]

@@ -201,6 +201,13 @@ def test_one_device_needs_no_launcher() -> None:
     assert launch_command(qwen(), Path("a b.parquet")) == [sys.executable, "-m", PROCESS, "a b.parquet"]
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_trainer_can_have_an_environment_of_its_own(devices: int) -> None:
+    python = Path("/env/bin/python")
+    command = launch_command(qwen(f"devices={devices}"), Path("request.parquet"), python)
+    assert command[0] == str(python) and sys.executable not in command
+
+
 PROBE = """
 import os, sys, time
 import torch, torch.distributed as dist

@@ -6,13 +6,16 @@ import os
 from typing import cast
 
 from art import TrainableModel
-from art.dev.get_model_config import get_model_config
 from art.dev.validate import is_dedicated_mode, validate_dedicated_config
 from art.local.service import ModelService
 from art.utils.output_dirs import get_model_dir
 from mp_actors import move_to_child_process
 
 from tasks.engines.art_backend import TitleBackend
+from tasks.engines.gpu.megatron_names import megatron_names
+
+with megatron_names():
+    from art.dev.get_model_config import get_model_config
 
 
 class GpuBackend(TitleBackend):

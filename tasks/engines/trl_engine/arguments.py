@@ -211,14 +211,16 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, step / max(warmup_steps, 1))
 
 
-def launch_command(profile: Profile, request_path: Path) -> list[str]:
+def launch_command(profile: Profile, request_path: Path, python: Path | None = None) -> list[str]:
     """Return the command that trains what `request_path` asks for, on one device or through `accelerate launch`.
 
-    Further arguments of the process can be put behind it.
+    `python` is that of the trainer's environment; None: this one. Further arguments of the process can be put
+    behind it.
     """
     process = ["-m", PROCESS, str(request_path)]
+    program = str(python or sys.executable)
     if profile.devices == 1:
-        return [sys.executable, *process]
+        return [program, *process]
     # Each value is given, so that a configuration in the user's home decides none.
     options = {
         "num_processes": profile.devices,
@@ -231,7 +233,7 @@ def launch_command(profile: Profile, request_path: Path) -> list[str]:
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     # `--multi_gpu` means torchrun on this machine, with or without a GPU; `--cpu` would ask for MPI.
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *flags, *process]
+    return [program, "-m", "accelerate.commands.launch", "--multi_gpu", *flags, *process]
 
 
 def trainer_environment(profile: Profile) -> dict[str, str]:

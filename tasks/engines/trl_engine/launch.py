@@ -89,7 +89,7 @@ async def _follow(
     if vllm_server_url is not None:
         environment[VLLM_SERVER_URL] = vllm_server_url
     child = ChildProcess(
-        [*launch_command(request.profile, path), tracker.run_id],
+        [*launch_command(request.profile, path, Settings().trl_python), tracker.run_id],
         log_path=request.run_dir / LOG,
         environment=environment,
     )

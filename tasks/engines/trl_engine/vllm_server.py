@@ -47,7 +47,7 @@ async def open_vllm_server(profile: Profile, base_model: str, log_folder: Path) 
         return
     port = free_port()
     server = ChildProcess(
-        server_command(profile, base_model, port),
+        server_command(profile, base_model, port, Settings().trl_python),
         log_path=log_folder / LOG,
         environment={**os.environ, **server_environment(profile)},
     )
@@ -60,8 +60,11 @@ async def open_vllm_server(profile: Profile, base_model: str, log_folder: Path) 
         await asyncio.shield(asyncio.to_thread(server.stop))
 
 
-def server_command(profile: Profile, base_model: str, port: int) -> list[str]:
-    """Return the command of a server that takes weights from TRL's trainer, as TRL's own `vllm-serve` starts it."""
+def server_command(profile: Profile, base_model: str, port: int, python: Path | None = None) -> list[str]:
+    """Return the command of a server that takes weights from TRL's trainer, as TRL's own `vllm-serve` starts it.
+
+    `python` is that of the trainer's environment; None: this one.
+    """
     options = {
         "host": "127.0.0.1",
         "port": port,
@@ -76,7 +79,7 @@ def server_command(profile: Profile, base_model: str, port: int) -> list[str]:
         "max-logprobs": -1,
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [sys.executable, "-m", PROCESS, "serve", base_model, *flags]
+    return [str(python or sys.executable), "-m", PROCESS, "serve", base_model, *flags]
 
 
 def server_environment(profile: Profile) -> dict[str, str]:

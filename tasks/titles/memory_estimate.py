@@ -1,0 +1,205 @@
+"""How much memory a training takes, before it starts: sums over what is known exactly and a few rough constants.
+
+Exact are weights, adapter, optimiser and the key-value cache; they follow from the model's shape. Rough are what
+libraries take for themselves and what a pass has to remember: each constant says where it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tasks.titles.config import Profile
+from tasks.titles.model_shape import ModelShape
+
+GB = 10**9
+HALF, FLOAT = 2, 4
+"""Bytes of a 16-bit and of a 32-bit number."""
+FOUR_BIT = 0.56
+"""Bytes of a 4-bit weight: half a byte, and a 32-bit scale for each 64 weights (bitsandbytes' NF4)."""
+ADAPTER_TRAINING = FLOAT + FLOAT + 2
+"""Bytes a LoRA weight takes in training: itself and its gradient in 32 bits, two 8-bit moments of AdamW."""
+ADAPTER_TRAINING_CPU = FLOAT + FLOAT + 2 * FLOAT
+"""The same with 32-bit moments."""
+CUDA_PROCESS = 0.7 * GB
+"""What a process takes of a GPU before its first tensor: CUDA's context and its libraries' kernels. Rough; drivers
+and GPUs differ between 0.3 and 1 GB."""
+VLLM_WORK = 2.0 * GB
+"""What vLLM keeps of its share besides weights and cache: its widest pass and the captured graphs. Rough."""
+VLLM_ASLEEP = 0.8 * GB
+"""What a sleeping vLLM leaves on the GPU: 0.8 GB, measured with vLLM 0.22.1 on an H100."""
+LOGPROB_CHUNK = 1024
+"""Tokens of which ART computes the log-probabilities at once."""
+LOGIT_COPIES = 4
+"""How many 32-bit tables of a chunk's logits live at once in a backward pass: logits, log-softmax, its gradient, and
+the logits' gradient."""
+CPU_PROCESS = 0.7 * GB
+"""What a Python process with torch and transformers takes before its model. Rough."""
+CPU_PROCESSES = 3
+"""Processes of a training on a CPU that load torch: the flow, the policy's own, and the reward server."""
+
+Limit = Literal["gpu", "ram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One addend."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What is in memory at the same time."""
+
+    name: str
+    limit: Limit
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> float:
+        """The sum."""
+        return sum(part.bytes for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """What vLLM can hold of keys and values in its share of the GPU."""
+
+    tokens: int
+    longest: int
+    """Tokens of the longest prompt with its title and what the validator adds."""
+
+    @property
+    def at_once(self) -> float:
+        """Texts of the longest length that are written at once; prompts that begin alike share their part."""
+        return self.tokens / self.longest if self.longest else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """All phases of a training, and vLLM's cache where vLLM samples."""
+
+    phases: tuple[Phase, ...]
+    cache: Cache | None
+
+
+def weight_bytes(shape: ModelShape, *, four_bit: bool = False) -> float:
+    """Return the bytes of the base weights on a GPU: 16 bits each, or 4 bits where they are compressed."""
+    if not four_bit:
+        return shape.parameters * HALF
+    return (shape.parameters - shape.linear_parameters) * HALF + shape.linear_parameters * FOUR_BIT
+
+
+def activation_bytes(shape: ModelShape, tokens: int) -> float:
+    """Return what a pass with gradient checkpointing remembers of `tokens` tokens, in 16-bit numbers.
+
+    Each layer keeps its input alone (Chen et al. 2016); the layer that is being computed anew besides holds its
+    norms, queries, keys, values, attention and output (six times the width at most) and the three wide parts of its
+    MLP with their gradients. Attention kernels keep no table of all pairs.
+    """
+    kept = shape.layers * tokens * shape.hidden
+    working = tokens * (6 * shape.hidden + 6 * shape.intermediate)
+    return (kept + working) * HALF
+
+
+def logit_bytes(shape: ModelShape, tokens: int) -> float:
+    """Return what the log-probabilities of `tokens` tokens take in a backward pass."""
+    return LOGIT_COPIES * tokens * shape.vocabulary * FLOAT
+
+
+def vllm_cache(shape: ModelShape, share_bytes: float, longest: int) -> Cache:
+    """Return how many tokens fit beside the weights into vLLM's share."""
+    free = share_bytes - weight_bytes(shape) - VLLM_WORK
+    return Cache(max(0, int(free / shape.kv_bytes_per_token(HALF))), longest)
+
+
+def art_sequence(profile: Profile) -> int:
+    """Return the tokens of one packed training sequence of ART: the profile's, or the longest text's, rounded up."""
+    longest = profile.max_prompt_tokens + profile.max_completion_tokens
+    return profile.packed_sequence_length or -(-longest // 2048) * 2048
+
+
+def adapter_bytes(profile: Profile, shape: ModelShape) -> tuple[int, int]:
+    """Return the bytes of a checkpoint's adapter and of its optimiser's state on disk."""
+    count = shape.lora_parameters(profile.lora_rank)
+    return count * FLOAT, count * (2 * FLOAT if profile.device == "cpu" else 2)
+
+
+def checkpoints_kept(profile: Profile) -> int:
+    """Return how many checkpoints a run holds at its end: the untrained one, the best and the newest."""
+    return min(profile.max_steps + 1, profile.keep_checkpoints + 2)
+
+
+def estimate(profile: Profile, shape: ModelShape, *, gpu_bytes: float, longest: int, judge_bytes: float) -> Estimate:
+    """Return what `profile` needs.
+
+    `gpu_bytes` is one GPU's whole memory, of which vLLM takes its share; `longest` is the most tokens that the
+    policy's server reads and writes for one text; `judge_bytes` is what the reward models hold.
+    """
+    if profile.device == "cpu":
+        return Estimate((_on_cpu(profile, shape, judge_bytes),), None)
+    phases = _art(profile, shape, gpu_bytes) if profile.engine == "art" else _trl(profile, shape, gpu_bytes)
+    judge = (Part("reward models", judge_bytes + CUDA_PROCESS),) if judge_bytes else ()
+    share = profile.art.vllm_memory_share if profile.engine == "art" else profile.trl.vllm_memory_share
+    elsewhere = profile.engine == "trl" and profile.trl.vllm_mode == "server"
+    return Estimate(
+        tuple(Phase(phase.name, phase.limit, (*phase.parts, *judge)) for phase in phases),
+        None if elsewhere else vllm_cache(shape, share * gpu_bytes, longest),
+    )
+
+
+def _on_cpu(profile: Profile, shape: ModelShape, judge_bytes: float) -> Phase:
+    tokens = art_sequence(profile)
+    adapter = shape.lora_parameters(profile.lora_rank)
+    parts = (
+        Part("processes", CPU_PROCESSES * CPU_PROCESS),
+        # One process samples, one trains.
+        Part("base weights, 32 bits, twice", 2 * shape.parameters * FLOAT),
+        Part("adapter and optimiser", adapter * ADAPTER_TRAINING_CPU),
+        Part("activations and logits", 2 * activation_bytes(shape, tokens) + logit_bytes(shape, tokens)),
+        Part("key-value cache", profile.rollout_concurrency * tokens * shape.kv_bytes_per_token(FLOAT)),
+        Part("reward models", judge_bytes * 2),
+    )
+    return Phase("training", "ram", parts)
+
+
+def _art(profile: Profile, shape: ModelShape, gpu_bytes: float) -> tuple[Phase, ...]:
+    """ART: one process trains, vLLM's serves; the trainer leaves the GPU while titles are written, vLLM's cache and
+    weights leave it while the policy trains."""
+    tokens = art_sequence(profile)
+    rollouts = (
+        Part("vLLM's share", profile.art.vllm_memory_share * gpu_bytes),
+        Part("CUDA, two processes", 2 * CUDA_PROCESS),
+    )
+    training = (
+        Part("base weights", weight_bytes(shape, four_bit=profile.art.load_in_4bit)),
+        Part("adapter and optimiser", shape.lora_parameters(profile.lora_rank) * ADAPTER_TRAINING),
+        Part("activations", activation_bytes(shape, tokens)),
+        Part("attention mask", tokens * tokens * HALF),  # ART writes it out, for each pair of tokens
+        Part("logits", logit_bytes(shape, min(LOGPROB_CHUNK, tokens))),
+        Part("vLLM asleep", VLLM_ASLEEP),
+        Part("CUDA, two processes", 2 * CUDA_PROCESS),
+    )
+    return Phase("rollouts", "gpu", rollouts), Phase("training", "gpu", training)
+
+
+def _trl(profile: Profile, shape: ModelShape, gpu_bytes: float) -> tuple[Phase, ...]:
+    """TRL: trainer and vLLM in one process; the trainer's weights stay on the GPU, vLLM's leave it while it trains."""
+    titles = min(profile.trl.micro_batch, max(1, profile.groups_per_step * profile.group_size // profile.devices))
+    tokens = titles * (profile.max_prompt_tokens + profile.max_completion_tokens)
+    colocated = profile.trl.vllm_mode == "colocate"
+    own = (
+        Part("base weights", weight_bytes(shape)),
+        Part("adapter and optimiser", shape.lora_parameters(profile.lora_rank) * ADAPTER_TRAINING),
+        Part("CUDA", CUDA_PROCESS),
+    )
+    share = (Part("vLLM's share", profile.trl.vllm_memory_share * gpu_bytes),) if colocated else ()
+    asleep = (Part("vLLM asleep", VLLM_ASLEEP),) if colocated else ()
+    work = (
+        Part("activations", activation_bytes(shape, tokens)),
+        # TRL asks for the logits of the titles alone.
+        Part("logits", logit_bytes(shape, titles * (profile.max_completion_tokens + 1))),
+    )
+    return Phase("rollouts", "gpu", (*own, *share)), Phase("training", "gpu", (*own, *work, *asleep))

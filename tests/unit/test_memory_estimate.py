@@ -1,0 +1,136 @@
+"""What a training needs: figures that follow exactly from a model's shape, and that estimates grow as they should."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from tasks.starter.paths import BASE_MODEL
+from tasks.titles.config import Profile, load_profile
+from tasks.titles.errors import ConfigError
+from tasks.titles.memory_estimate import (
+    GB,
+    activation_bytes,
+    adapter_bytes,
+    art_sequence,
+    estimate,
+    logit_bytes,
+    vllm_cache,
+    weight_bytes,
+)
+from tasks.titles.model_shape import ModelShape, read_shape
+
+QWEN_HALF = {
+    "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN_SEVEN = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+STARTER = json.loads((BASE_MODEL / "config.json").read_text(encoding="utf-8"))
+
+
+def shape(config: dict[str, Any], **changes: object) -> ModelShape:
+    return read_shape({**config, **changes}, "a test")
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "lora", "kv"),
+    [
+        # Parameters: the model cards' 0.49 and 7.62 billion to the last one; LoRA: what PEFT counts for rank 8.
+        (QWEN_HALF, 494_032_768, 4_399_104, 12_288),
+        (QWEN_SEVEN, 7_615_616_512, 20_185_088, 57_344),
+        (STARTER, 5_249_280, None, 3_072),
+    ],
+    ids=["0.5B", "7B", "starter"],
+)
+def test_sizes_are_exact(config: dict[str, Any], parameters: int, lora: int | None, kv: int) -> None:
+    found = shape(config)
+    assert found.parameters == parameters
+    assert found.kv_bytes_per_token() == kv
+    if lora is not None:
+        assert found.lora_parameters(8) == lora and found.lora_parameters(16) == 2 * lora
+    assert weight_bytes(found) == 2 * parameters > weight_bytes(found, four_bit=True)
+
+
+def test_the_starter_models_file_holds_as_many_numbers_and_peft_makes_as_large_an_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    found = shape(STARTER)
+    with safe_open(BASE_MODEL / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert found.parameters == stored
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(str(BASE_MODEL)), LoraConfig(r=8, target_modules="all-linear")
+    )
+    assert found.lora_parameters(8) == sum(part.numel() for part in model.parameters() if part.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({**QWEN_HALF, "model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({key: value for key, value in QWEN_HALF.items() if key != "vocab_size"}, "lacks a size"),
+    ],
+)
+def test_a_model_of_another_layout_is_not_guessed_at(config: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        read_shape(config, "a test")
+
+
+def test_a_share_that_weights_fill_leaves_no_cache() -> None:
+    found = shape(QWEN_SEVEN)
+    assert vllm_cache(found, 16 * GB, 8_448).tokens == 0
+    roomy = vllm_cache(found, 60 * GB, 8_448)
+    assert roomy.tokens == int((60 * GB - 2 * 7_615_616_512 - 2 * GB) / 57_344)
+    assert roomy.at_once == pytest.approx(roomy.tokens / 8_448)
+
+
+def test_logits_and_activations_are_counted_as_said() -> None:
+    found = shape(QWEN_HALF)
+    assert logit_bytes(found, 1024) == 4 * 1024 * 151_936 * 4
+    assert activation_bytes(found, 8_192) == (24 * 8_192 * 896 + 8_192 * 6 * (896 + 4_864)) * 2
+
+
+@pytest.mark.parametrize("changes", [[], ["engine=trl"]], ids=["art", "trl"])
+def test_what_is_longer_or_larger_takes_more_and_vllms_share_counts_while_titles_are_written(
+    changes: list[str],
+) -> None:
+    def peak(profile: Profile, config: dict[str, Any], phase: str) -> float:
+        found = estimate(profile, shape(config), gpu_bytes=80 * GB, longest=8_448, judge_bytes=0)
+        return next(part.bytes for part in found.phases if part.name == phase)
+
+    profile = load_profile("qwen-0.5b", changes)
+    short = load_profile("qwen-0.5b", [*changes, "max_prompt_tokens=1948"])
+    small_share = load_profile("qwen-0.5b", [*changes, f"{profile.engine}.vllm_memory_share=0.1"])
+    assert peak(short, QWEN_HALF, "training") < peak(profile, QWEN_HALF, "training")
+    assert peak(profile, QWEN_HALF, "training") < peak(profile, QWEN_SEVEN, "training")
+    assert peak(profile, QWEN_HALF, "rollouts") > peak(small_share, QWEN_HALF, "rollouts") + 10 * GB
+
+
+def test_reward_models_on_the_same_gpu_count_in_every_phase() -> None:
+    profile, found = load_profile("qwen-0.5b"), shape(QWEN_HALF)
+    without, beside = (
+        estimate(profile, found, gpu_bytes=80 * GB, longest=8_448, judge_bytes=judge) for judge in (0, 1 * GB)
+    )
+    more = [b.bytes - a.bytes for a, b in zip(without.phases, beside.phases, strict=True)]
+    assert more == pytest.approx([1.7 * GB] * 2)
+
+
+def test_arts_sequence_is_the_longest_text_rounded_up() -> None:
+    assert art_sequence(load_profile("qwen-0.5b")) == 8_192
+    assert art_sequence(load_profile("qwen-0.5b", ["max_prompt_tokens=8093"])) == 10_240
+    assert art_sequence(load_profile("starter")) == 1_024
+
+
+def test_a_checkpoint_holds_the_adapter_and_two_moments() -> None:
+    found = shape(QWEN_HALF)
+    assert adapter_bytes(load_profile("qwen-0.5b"), found) == (4 * 4_399_104, 2 * 4_399_104)
+    assert adapter_bytes(load_profile("starter"), found) == (4 * 4_399_104, 8 * 4_399_104)
