@@ -131,6 +131,7 @@ class _Training:
         metrics = train_metrics(rolled.groups) | {
             own: trainer[theirs] for theirs, own in TRAINER_METRICS.items() if theirs in trainer
         }
+        metrics |= {name: trainer[name] for name in names.GPU_TRAINING_TIMES if name in trainer}
         metrics |= {
             names.TRAIN_EMPTY_BATCHES: float(rolled.empty_batches),
             names.TIME_ROLLOUT: rolled_out - started,

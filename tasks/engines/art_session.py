@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 BASE_MODEL_NAME = "base"
 # ART computes log-probabilities in chunks of this many tokens; a packed sequence must be a multiple of it.
 LOGPROB_CHUNK = 1024
+# Tokens of a packed sequence that a GPU is busy with, whatever the model's size.
+PACKED_TOKENS = 8192
 # The ranks that vLLM reserves room for; its default is 16.
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
@@ -47,6 +49,7 @@ class ArtSession:
         from transformers import AutoTokenizer
 
         self.profile = request.profile
+        self._packed_length = packed_length(request.profile, request.base_model)
         self.backend = backend
         self.model = model
         self.run_dir = request.run_dir
@@ -95,7 +98,7 @@ class ArtSession:
             )
             for group in groups
         ]
-        packed = self.profile.packed_sequence_length
+        packed = self._packed_length
         result = await self.backend.train(
             self.model,
             trajectory_groups,
@@ -168,8 +171,10 @@ async def open_backend(
     if profile.device == "cuda":
         from tasks.engines.gpu.backend import GpuBackend
 
-        backend: Any = GpuBackend(path=str(folder), seed=profile.seed)
-        internal_config = gpu_config(profile, context_tokens(base_model, profile))
+        backend: Any = GpuBackend(
+            path=str(folder), seed=profile.seed, updates_per_step=profile.updates_per_step, sleep=profile.art.sleep
+        )
+        internal_config = gpu_config(profile, context_tokens(base_model, profile), packed_length(profile, base_model))
     else:
         from tasks.engines.cpu.backend import CpuBackend
 
@@ -211,10 +216,12 @@ def check_art_settings(profile: Profile) -> None:
     if packed is not None and packed > LOGPROB_CHUNK and packed % LOGPROB_CHUNK:
         raise ConfigError(f"packed_sequence_length above {LOGPROB_CHUNK} must be a multiple of it, got {packed}.")
     _check_gpus(profile)
-    if profile.device == "cuda" and profile.updates_per_step != "per_sequence":
+    if profile.device != "cuda":
+        return
+    if profile.updates_per_step == "per_sequence" and not profile.art.sleep:
         raise ConfigError(
-            "On a GPU ART makes one update per packed sequence: updates_per_step must be 'per_sequence', got "
-            f"'{profile.updates_per_step}'."
+            "With updates_per_step = 'per_sequence' ART's own training runs, which lets vLLM sleep: set art.sleep to "
+            "true, or updates_per_step to 'one'."
         )
 
 
@@ -244,10 +251,26 @@ def _check_gpus(profile: Profile) -> None:
         )
 
 
-def gpu_config(profile: Profile, context_tokens: int) -> Any:
+def packed_length(profile: Profile, base_model: str) -> int | None:
+    """Return the tokens of a packed sequence at most; None leaves it to ART.
+
+    On a GPU with one update a step and no length in the profile: as many as keep the GPU busy, or a whole group where
+    that is more, so that its prompt is read once; never more than `base_model` reads.
+    """
+    if profile.packed_sequence_length or profile.device != "cuda" or profile.updates_per_step != "one":
+        return profile.packed_sequence_length
+    from transformers import AutoConfig
+
+    group = profile.max_prompt_tokens + profile.group_size * (profile.max_completion_tokens + 1)
+    positions = int(AutoConfig.from_pretrained(base_model).max_position_embeddings)
+    return min(max(PACKED_TOKENS, _round_up(group, 64)), positions)
+
+
+def gpu_config(profile: Profile, context_tokens: int, packed: int | None) -> Any:
     """Return ART's internal configuration for a GPU, or one for each part: an `art.dev.InternalModelConfig`.
 
-    `context_tokens` is what vLLM reads at once. Raises `ConfigError` for a rank that vLLM cannot serve.
+    `context_tokens` is what vLLM reads at once, `packed` the `packed_length`. Raises `ConfigError` for a rank that
+    vLLM cannot serve.
     """
     import art
 
@@ -260,7 +283,7 @@ def gpu_config(profile: Profile, context_tokens: int) -> Any:
         }
     return art.dev.InternalModelConfig(
         init_args=art.dev.InitArgs(
-            max_seq_length=profile.packed_sequence_length or _round_up(trained, 2048),
+            max_seq_length=packed or _round_up(trained, 2048),
             # ART's default is 4-bit weights, whose probabilities are not those that vLLM samples with.
             load_in_4bit=profile.art.load_in_4bit,
         ),

@@ -67,6 +67,11 @@ class ArtSettings(BaseModel):
     vllm_memory_share: float = Field(
         0.75, gt=0, lt=1, description="share of the GPU's memory for vLLM, which gives it back while the policy trains"
     )
+    sleep: bool = Field(
+        True,
+        description="vLLM gives its memory back while the policy trains; false: both stay on the GPU, and what "
+        "vllm_memory_share leaves has to hold the trainer",
+    )
     load_in_4bit: bool = Field(
         False, description="train on 4-bit base weights, which need less memory; vLLM samples with 16-bit ones"
     )
@@ -168,7 +173,9 @@ class Profile(BaseModel):
         "one", description="ART: one optimiser update a step, or its own habit: one per packed sequence"
     )
     packed_sequence_length: int | None = Field(
-        None, description="ART: tokens per packed training sequence; unset: rounded up to a multiple of 2,048"
+        None,
+        description="ART: tokens per packed training sequence; unset: 8,192 or a whole group's on a GPU, else, as with "
+        "updates_per_step = per_sequence, a trajectory's rounded up to a multiple of 2,048",
     )
     art: ArtSettings = Field(
         default_factory=lambda: ArtSettings.model_validate({}), description="settings of ART's backend on a GPU alone"

@@ -34,9 +34,12 @@ CANARY_MAX_DIFFERENCE = "canary/max_difference"  # nats, between server and trai
 TIME_ROLLOUT = "time/rollout_s"  # writing and judging
 TIME_JUDGE = "time/judge_s"  # its part in which titles were judged and none was written any more
 TIME_TRAIN = "time/train_s"
-TIME_SAVE = "time/save_s"  # writing the checkpoint
-TIME_SYNC = "time/sync_s"  # giving the adapter to the sampler, with the canary
-TIME_SLEEP = "time/sleep_s"  # vLLM falling asleep and waking up, a part of the times in which it does
+TIME_SLEEP = "time/sleep_s"  # vLLM gives its memory back; with TRL a part of other times, and waking up too
+TIME_RELOAD = "time/reload_s"  # the trainer's weights come back to the GPU
+TIME_UPDATE = "time/update_s"  # forward and backward passes and the update
+TIME_SAVE = "time/save_s"  # the checkpoint is written
+TIME_WAKE = "time/wake_s"  # the trainer's weights make room where they must, and vLLM takes its memory again
+TIME_SYNC = "time/sync_s"  # the sampler gets the new adapter; with TRL and the canary
 TIME_STEP = "time/step_s"
 TIME_EVAL = "time/eval_s"
 TIME_ELAPSED = "time/elapsed_s"  # of training up to and including this step, over all sittings
@@ -47,6 +50,8 @@ VAL_SCORE = "val/score"
 VAL_MATCHES = "val/matches"
 VAL_LENGTH = "val/length"
 VAL_TRAJECTORIES_DROPPED = "val/trajectories_dropped"
+GPU_TRAINING_TIMES = (TIME_SLEEP, TIME_RELOAD, TIME_UPDATE, TIME_SAVE, TIME_WAKE, TIME_SYNC)
+"""The parts of `TIME_TRAIN` that ART's service on a GPU measures."""
 SUMMARY_PARTS = ("mean", "p5", "median", "p95", "std_dev")
 
 VAL_REWARD_MEAN = f"{VAL_REWARD}/mean"

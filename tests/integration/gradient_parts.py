@@ -12,7 +12,7 @@ from art._backend_training import build_rl_train_configs
 from art.preprocessing.pack import PackedTensors
 from cpu_parts import choice
 
-from tasks.engines.cpu.backend import CpuBackend
+from tasks.engines.art_backend import TitleBackend
 from tasks.engines.cpu.settings import CpuSettings
 from tasks.engines.cpu.trainer import Trainer
 from tasks.starter.paths import BASE_MODEL
@@ -31,9 +31,9 @@ class Title:
 
 
 def pack(groups: list[list[Title]], path: Path, *, shared: bool = True, length: int = 160) -> PackedTensors:
-    """Pack with ART's own code, by way of the backend."""
-    backend = CpuBackend(path=str(path))
-    backend._supports_result_packing = shared
+    """Pack with ART's own code, by way of this project's backend."""
+    backend = TitleBackend(path=str(path), seed=1, in_process=True)
+    backend._supports_result_packing, backend._packed_sequence_length_requires_chunk_alignment = shared, False
     model = art.TrainableModel(name="run", project="tests", base_model=str(BASE_MODEL))
     backend._image_processors[str(BASE_MODEL)] = None
     packed = backend._get_packed_tensors(

@@ -12,13 +12,22 @@ from typing import Any
 import httpx
 import pytest
 from training_parts import open_tracker, profile, prompts, request, tracking_uri
+from transformers import Qwen2Config
 
 from reward_server.client import RewardClient
 from tasks.engines.art_loop import train
-from tasks.engines.art_session import ArtSession, check_art_settings, gpu_config, open_session, server_config
+from tasks.engines.art_session import (
+    ArtSession,
+    check_art_settings,
+    gpu_config,
+    open_session,
+    packed_length,
+    server_config,
+)
 from tasks.engines.contract import Progress, TrainingRequest, TrainingResult
 from tasks.engines.resume import checkpoints_folder, journal_of, stored_state
 from tasks.engines.tracker import MlflowTracker
+from tasks.starter.paths import BASE_MODEL
 from tasks.titles import metric_names as names
 from tasks.titles.config import load_profile
 from tasks.titles.errors import (
@@ -191,7 +200,8 @@ async def test_the_session_frees_its_port(tmp_path: Path, reward_server_url: str
     [
         ({"packed_sequence_length": 300}, "424 tokens"),
         ({"packed_sequence_length": 1500}, "multiple"),
-        ({"device": "cuda"}, "per_sequence"),
+        ({"device": "cuda", "updates_per_step": "per_sequence", "art": {"sleep": False}}, "art.sleep"),
+        ({"device": "cuda", "art": {"dedicated": True}}, "devices = 2, got 1"),
     ],
 )
 def test_settings_that_art_would_not_follow_are_refused(changes: dict[str, Any], told: str) -> None:
@@ -210,8 +220,8 @@ async def test_prompts_beyond_the_context_are_refused_at_the_start(tmp_path: Pat
 def test_what_art_is_told_on_a_gpu(name: str) -> None:
     own = load_profile(name)
     check_art_settings(own)
-    config = gpu_config(own, 8448)
-    assert config["init_args"] == {"max_seq_length": 8192, "load_in_4bit": False}
+    config = gpu_config(own, 8448, 8704)
+    assert config["init_args"] == {"max_seq_length": 8704, "load_in_4bit": False}
     assert config["engine_args"] == {
         "gpu_memory_utilization": 0.75,
         "max_model_len": 8448,
@@ -221,12 +231,34 @@ def test_what_art_is_told_on_a_gpu(name: str) -> None:
     assert config["peft_args"] == {"r": 8, "lora_alpha": 8, "random_state": 1}
     assert config["trainer_args"] == {"max_grad_norm": 0.1, "optim": "adamw_8bit"}
     assert server_config()["server_args"]["served_model_name"] == "base"
+    assert "trainer_gpu_ids" not in config
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 2048),  # the starter model reads no more
+        ({"max_prompt_tokens": 1900}, 2048),
+        ({"packed_sequence_length": 512}, 512),
+        ({"updates_per_step": "per_sequence"}, None),
+        ({"device": "cpu"}, None),
+    ],
+)
+def test_how_long_a_packed_sequence_is(changes: dict[str, Any], tokens: int | None) -> None:
+    own = profile(**{"device": "cuda", "packed_sequence_length": None, **changes})
+    assert packed_length(own, str(BASE_MODEL)) == tokens
+
+
+def test_a_packed_sequence_holds_a_long_group(tmp_path: Path) -> None:
+    Qwen2Config(max_position_embeddings=32768).save_pretrained(tmp_path)
+    assert packed_length(load_profile("qwen-0.5b"), str(tmp_path)) == 8704
+    assert packed_length(load_profile("qwen-0.5b", ["max_prompt_tokens=1948"]), str(tmp_path)) == 8192
 
 
 def test_a_rank_that_vllm_cannot_serve_is_refused() -> None:
-    assert gpu_config(load_profile("qwen-0.5b", ["lora_rank=40"]), 8448)["engine_args"]["max_lora_rank"] == 64
+    assert gpu_config(load_profile("qwen-0.5b", ["lora_rank=40"]), 8448, 8704)["engine_args"]["max_lora_rank"] == 64
     with pytest.raises(ConfigError, match="512 at most"):
-        gpu_config(load_profile("qwen-0.5b", ["lora_rank=600"]), 8448)
+        gpu_config(load_profile("qwen-0.5b", ["lora_rank=600"]), 8448, 8704)
 
 
 @pytest.mark.slow

@@ -26,11 +26,11 @@ def test_two_gpus_are_told_to_art_and_are_to_its_liking(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     profile = qwen("art.trainer_gpus=[0]", f"art.inference_gpus=[{inference}]")
     check_art_settings(profile)
-    config = gpu_config(profile, 8448)
+    config = gpu_config(profile, 8448, 8704)
     assert (config["trainer_gpu_ids"], config["inference_gpu_ids"]) == ([0], [inference])
     validate_dedicated_config(config)
     assert is_dedicated_mode(config)
-    assert "trainer_gpu_ids" not in gpu_config(qwen(), 8448)
+    assert "trainer_gpu_ids" not in gpu_config(qwen(), 8448, 8704)
 
 
 @pytest.mark.parametrize(
