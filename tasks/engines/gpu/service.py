@@ -21,6 +21,7 @@ from art.utils.output_dirs import get_step_checkpoint_dir
 import torch
 
 from tasks.engines.adapter_files import load_optimizer, save_optimizer
+from tasks.engines.gpu.failures import TellsFailures
 
 PRECISION = ("forward", "_original_forward")
 """The attributes by which accelerate makes a model compute in bfloat16 and answer in float32."""
@@ -29,7 +30,7 @@ ALIGNED = 64
 
 
 class GpuService(UnslothService):
-    """What ART moves into a process of its own: Unsloth's trainer, and vLLM's server as a child."""
+    """Unsloth's trainer, and vLLM's server as a child."""
 
     async def train(self, *arguments: Any, **options: Any) -> AsyncIterator[dict[str, float]]:
         """Train as ART does, and put the optimiser's state beside the adapter of the new checkpoint."""
@@ -69,6 +70,10 @@ class GpuService(UnslothService):
         if folder is not None and get_step_from_dir(self.output_dir) > 0:
             load_optimizer(cast(Any, state.trainer.model), _optimizer(state), Path(folder))
         return state
+
+
+class TellingService(TellsFailures, GpuService):
+    """What ART moves into a process of its own: `GpuService` with this project's errors."""
 
 
 def _optimizer(state: UnslothTrainContext) -> torch.optim.Optimizer:
