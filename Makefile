@@ -10,8 +10,9 @@ BIN := .venv/bin
 PYTHON_GPU ?= python3.12
 ART := .venv-gpu-art
 TRL := .venv-gpu-trl
+GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: run up down gpu-art gpu-trl gpu-driver test test-containers check bench format help
+.PHONY: run up down gpu-art gpu-trl gpu-driver test test-gpu test-containers check bench format help
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -84,6 +85,10 @@ test: .venv/.test-ready
 test-containers: .venv/.test-ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[cpu,dev,containers]'
 	$(BIN)/python -m pytest tests/containers
+
+# make test-gpu : the tests that need a CUDA device; GPU_PYTHON=... is the Python of one engine's environment, whose tests run
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu -rs tests/gpu
 
 # make bench : measure the reward server (about ten minutes on two cores); BENCH_ARGS="--quick" for one
 bench: .venv/.test-ready

@@ -18,7 +18,7 @@ from art.local import LocalBackend
 from art.preprocessing.pack import PackedTensors
 from art.utils.get_model_step import get_model_step
 
-from tasks.titles.errors import ConfigError
+from tasks.titles.errors import ConfigError, HnTitlesError
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,10 @@ class TitleBackend(LocalBackend):
         """Return the trainer's own log p(token | tokens before it) in nats, for every token but the first."""
         service = cast(TrainerService, await self._get_service(model))
         return await service.trainer_logprobs(token_ids)
+
+    async def behind(self, error: Exception) -> HnTitlesError | None:
+        """Return the failure of the backend that `error` comes from, None where it is not known to come from one."""
+        return None
 
     def _get_packed_tensors(self, model: Any, *arguments: Any, **options: Any) -> PackedTensors | None:
         """Pack as ART does, in an order that depends on the seed and the step alone, and losing nothing."""

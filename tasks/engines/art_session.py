@@ -162,6 +162,8 @@ async def open_backend(
     """Open ART's backend in `folder` and register a policy on it; yield both, and close it whatever happens.
 
     `adapters_in_memory` bounds how many adapters the CPU service holds ready for sampling.
+
+    Where the backend knows what is behind an exception of the body, such as a server that has died, that is raised.
     """
     _prepare_environment()
     import art
@@ -200,6 +202,11 @@ async def open_backend(
         )
         await model.register(backend, _openai_client_config=server_config())
         yield backend, model
+    except Exception as error:
+        behind = await backend.behind(error)
+        if behind is None:
+            raise
+        raise behind from error
     finally:
         await backend.close()
 

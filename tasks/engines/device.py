@@ -1,10 +1,20 @@
-"""What training and sampling compute on, in words."""
+"""What training and sampling compute on, and that its memory is full, in words."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from tasks.engines.cpu.cores import usable_cores
+from tasks.titles.errors import OutOfMemory
+
+# What PyTorch, the CUDA libraries and vLLM say; not all of them raise PyTorch's `OutOfMemoryError`. cuBLAS cannot be
+# initialised where there is no room for its workspace.
+_MEMORY_IS_FULL = re.compile(
+    r"out of memory|STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|Free memory on device|"
+    r"No available memory for the cache blocks"
+)
+_DETAIL = 400  # characters; PyTorch goes on about its allocator
 
 
 def device_name(device: Literal["cpu", "cuda"]) -> str:
@@ -14,3 +24,17 @@ def device_name(device: Literal["cpu", "cuda"]) -> str:
     import torch
 
     return torch.cuda.get_device_name()
+
+
+def out_of_memory(error: BaseException) -> OutOfMemory | None:
+    """Return what to raise where `error`, or what it comes from, says that the GPU's memory is full, else None."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if _MEMORY_IS_FULL.search(str(behind)):
+            return OutOfMemory(
+                f"The GPU's memory is full ({str(behind)[:_DETAIL]}). Lower packed_sequence_length, max_prompt_tokens "
+                "(with TRL trl.micro_batch) or the engine's vllm_memory_share, or end other processes on that GPU. "
+                "The same command continues from the last checkpoint."
+            )
+        behind = behind.__cause__ or behind.__context__
+    return None

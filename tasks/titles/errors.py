@@ -11,7 +11,9 @@ HnTitlesError                  what was expected, what came, what to do
 ├── RunStopped                 training stopped itself; the reason says why
 │   ├── TooManyFailures        more trajectories failed than the profile allows
 │   ├── NothingToTrainOn       no group had any spread of rewards for too many batches
-│   └── SamplerDisagrees       the canary: sampler and trainer hold different weights
+│   ├── SamplerDisagrees       the canary: sampler and trainer hold different weights
+│   ├── EngineDied             a process of the engine ended: vLLM's server, or the trainer
+│   └── OutOfMemory            the GPU's memory is full
 └── CheckpointError            a checkpoint that is missing, incomplete or of another run
 """
 
@@ -80,6 +82,14 @@ class NothingToTrainOn(RunStopped):
 
 class SamplerDisagrees(RunStopped):
     """The canary: sampler and trainer give one fixed title different log-probabilities."""
+
+
+class EngineDied(RunStopped):
+    """A process that the engine cannot do without has ended, or did not start: vLLM's server, or the trainer."""
+
+
+class OutOfMemory(RunStopped):
+    """The GPU's memory does not hold what training needs."""
 
 
 class CheckpointError(HnTitlesError):

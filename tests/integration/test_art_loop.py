@@ -201,7 +201,6 @@ async def test_the_session_frees_its_port(tmp_path: Path, reward_server_url: str
         ({"packed_sequence_length": 300}, "424 tokens"),
         ({"packed_sequence_length": 1500}, "multiple"),
         ({"device": "cuda", "updates_per_step": "per_sequence", "art": {"sleep": False}}, "art.sleep"),
-        ({"device": "cuda", "art": {"dedicated": True}}, "devices = 2, got 1"),
     ],
 )
 def test_settings_that_art_would_not_follow_are_refused(changes: dict[str, Any], told: str) -> None:

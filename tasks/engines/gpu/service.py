@@ -32,6 +32,7 @@ import torch
 
 from tasks.engines.adapter_files import load_optimizer, save_optimizer, save_training
 from tasks.engines.checkpoints import write_checkpoint
+from tasks.engines.gpu.failures import TellsFailures
 from tasks.engines.gpu.packed_trainer import ALIGNED, PackedTrainer
 from tasks.engines.stopwatch import Stopwatch
 from tasks.titles import metric_names as names
@@ -44,7 +45,7 @@ RESERVE = 4 * 2**30
 
 @dataclass
 class GpuService(UnslothService):
-    """What ART moves into a process of its own: Unsloth's trainer, and vLLM's server as a child."""
+    """Unsloth's trainer, and vLLM's server as a child."""
 
     updates_per_step: Literal["one", "per_sequence"] = "one"
     sleep: bool = True
@@ -174,6 +175,10 @@ class GpuService(UnslothService):
         with write_checkpoint(Path(self.output_dir) / "checkpoints", step) as folder:
             model = cast(Any, self._state.trainer.model)
             save_training(model, _optimizer(self._state), folder, self._optimizer_facts)
+
+
+class TellingService(TellsFailures, GpuService):
+    """What ART moves into a process of its own: `GpuService` with this project's errors."""
 
 
 def _optimizer(state: UnslothTrainContext) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from tasks.engines.device import out_of_memory
 from tasks.engines.resume import engine_folder
 from tasks.engines.trl_engine.launch import FAILURE
 from tasks.engines.trl_engine.request_file import read_request
@@ -31,11 +32,14 @@ def main(request_path: str, mlflow_run_id: str) -> int:
         from tasks.engines.trl_engine.trainer import train
 
         train(request, mlflow_run_id)
-    except HnTitlesError as error:
-        logging.getLogger(__name__).error("%s", error)
-        reason = {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:
+        stopped = error if isinstance(error, HnTitlesError) else out_of_memory(error)
+        if stopped is None:
+            raise
+        logging.getLogger(__name__).error("%s", stopped)
+        reason = {"error": type(stopped).__name__, "message": str(stopped)}
         write_json(engine_folder(request.run_dir, "trl") / FAILURE, reason)
-        return error.exit_code
+        return stopped.exit_code
     return 0
 
 
