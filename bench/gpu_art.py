@@ -190,7 +190,7 @@ class _measured_service:
                 from bench.gpu_service import MeasuredService
                 from tasks.engines.gpu import service
 
-                vars(service)["GpuService"] = MeasuredService
+                vars(service)["TellingService"] = MeasuredService
             return await original(backend, model)
 
         GpuBackend._get_service = get  # type: ignore[assignment, method-assign]

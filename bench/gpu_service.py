@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # First: it imports ART, and with it Unsloth, before everything that Unsloth rewrites.
-from tasks.engines.gpu.service import GpuService, UnslothService, _optimizer, packed_tensors_from_dir
+from tasks.engines.gpu.service import TellingService, UnslothService, _optimizer, packed_tensors_from_dir
 
 # isort: split
 import torch
@@ -21,7 +21,7 @@ from bench.gpu_proof import compare
 
 
 @dataclass
-class MeasuredService(GpuService):
+class MeasuredService(TellingService):
     """This project's service, and ART's own training on the same model, optimiser and server."""
 
     async def train_as_art(self, *arguments: Any) -> AsyncIterator[dict[str, float]]:

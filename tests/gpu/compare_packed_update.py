@@ -11,10 +11,11 @@ from pathlib import Path
 import art.unsloth.train
 
 # isort: split
-from art.dev.get_model_config import get_model_config
+
 from gradient_parts import Title, pack
 
 from bench.gpu_proof import compare
+from tasks.engines.gpu.backend import get_model_config
 from tasks.starter.paths import BASE_MODEL
 from tasks.starter.world import generate_stories
 from tasks.titles.prompts import policy_messages
