@@ -24,11 +24,19 @@ from bench.gpu_proof import compare
 class MeasuredService(TellingService):
     """This project's service, and ART's own training on the same model, optimiser and server."""
 
+    alone: bool = False
+    """Whether ART trains without this project's additions."""
+
     async def train_as_art(self, *arguments: Any) -> AsyncIterator[dict[str, float]]:
         """Train by ART's own method, unmodified; the garbage collector sees all that it would see there."""
         gc.unfreeze()
+        self.alone = True
         async for result in UnslothService.train(self, *arguments):
             yield result
+
+    async def _reload_adapter(self, checkpoint_path: str, step: int) -> None:
+        service = UnslothService if self.alone else TellingService
+        await service._reload_adapter(self, checkpoint_path, step)
 
     async def stay_awake(self) -> None:
         """Let vLLM sleep no more while a step trains."""

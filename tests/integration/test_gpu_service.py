@@ -17,8 +17,10 @@ import torch
 from accelerate import Accelerator
 from art._backend_training import build_rl_train_configs
 from art.preprocessing.pack import packed_tensors_to_dir
+from fastapi import FastAPI
 from gradient_parts import Title, pack
 from peft import LoraConfig, PeftModel, get_peft_model
+from serving import serving
 from transformers import AutoModelForCausalLM
 
 from tasks.engines.gpu.backend import get_model_config
@@ -35,7 +37,8 @@ def policy() -> PeftModel:
 
 
 def service(folder: Path, state: Any, **changes: Any) -> GpuService:
-    config = {"trainer_args": {"optim": "adamw_8bit", "max_grad_norm": 0.1}, "engine_args": {}}
+    trainer_args = {"optim": "adamw_8bit", "max_grad_norm": 0.1}
+    config = {"trainer_args": trainer_args, "engine_args": {}, "rollout_weights_mode": "lora"}
     made = GpuService("policy", str(BASE_MODEL), config, str(folder), **changes)  # type: ignore[arg-type]
     made.__dict__["_state"] = state  # where the property keeps what Unsloth has made
     return made
@@ -88,7 +91,7 @@ class Recorder:
             offload_to_cpu=lambda: self.asked.append("offload"),
         )
         for name in ("_sleep_runtime", "_wake_runtime", "_reload_adapter", "aclose"):
-            monkeypatch.setattr(UnslothService, name, self._note(name))
+            monkeypatch.setattr(GpuService, name, self._note(name))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_memory, free_memory))
 
@@ -149,6 +152,23 @@ async def test_a_step_that_fails_closes_the_service_and_leaves_no_checkpoint(
     assert not (tmp_path / "checkpoints").exists()
 
 
+async def test_the_adapter_of_a_step_is_loaded_once_and_not_in_place(tmp_path: Path) -> None:
+    vllm = FastAPI()
+    asked = []
+
+    @vllm.post("/v1/load_lora_adapter")
+    async def load(body: dict[str, Any]) -> None:
+        asked.append(body)
+
+    async with serving(vllm) as url:
+        made = service(tmp_path, None)
+        made._vllm_port = int(url.rpartition(":")[2])
+        for _ in range(2):
+            await made.register_lora_for_step(3, "checkpoints/0003")
+    assert asked == [{"lora_name": "policy@3", "lora_path": "checkpoints/0003"}]
+    assert made._latest_step == 3
+
+
 async def test_a_continued_run_gets_its_optimiser_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tasks.engines.adapter_files import save_optimizer
 
@@ -170,8 +190,8 @@ async def test_a_continued_run_gets_its_optimiser_back(tmp_path: Path, monkeypat
         assert torch.equal(fresh.state[weight]["exp_avg"], values["exp_avg"])
 
 
-def test_art_makes_its_configuration_without_megatron_and_nobody_takes_the_stand_ins_for_it() -> None:
+def test_art_makes_its_configuration_without_megatron_and_nobody_takes_the_stand_ins_for_it(tmp_path: Path) -> None:
     assert importlib.util.find_spec("megatron") is None, "this test is for machines without it"
-    config = get_model_config(base_model=str(BASE_MODEL), output_dir="nowhere", config=None)
+    config = get_model_config(base_model=str(BASE_MODEL), output_dir=str(tmp_path), config=None)
     assert set(config["peft_args"]["target_modules"]) >= {"q_proj", "down_proj"}
     assert not [name for name in sys.modules if name.partition(".")[0] == "megatron"]

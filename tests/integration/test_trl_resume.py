@@ -88,7 +88,7 @@ async def die(asked: TrainingRequest, moment: str, at: int, monkeypatch: pytest.
         patch.setattr(
             launch,
             "launch_command",
-            lambda _, path: [sys.executable, str(HERE / "trl_process_and_die.py"), moment, str(at), str(path)],
+            lambda _, path, __: [sys.executable, str(HERE / "trl_process_and_die.py"), moment, str(at), str(path)],
         )
         with pytest.raises(RunStopped, match=r"(?s)TRL's trainer was killed by SIGKILL; the same command .*") as death:
             await train_with_trl(asked, on_progress=lambda progress: heard.append(progress.step))

@@ -106,7 +106,9 @@ async def test_a_server_of_ours_is_waited_for_and_ended(tmp_path: Path, monkeypa
     import httpx
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(vllm_server, "server_command", lambda _, __, port: [sys.executable, "-c", HEALTHY, str(port)])
+    monkeypatch.setattr(
+        vllm_server, "server_command", lambda _, __, port, ___: [sys.executable, "-c", HEALTHY, str(port)]
+    )
     async with open_vllm_server(qwen(*SERVER), "model", tmp_path) as url:
         assert url is not None
         assert httpx.get(f"{url}/health").status_code == 200
