@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from bench.gpu_measures import Measured, Plain, measured, rates
 from bench.gpu_watch import GpuWatch
@@ -19,6 +19,9 @@ from tasks.engines.contract import TrainingRequest
 from tasks.engines.resume import stored_state
 from tasks.titles.config import override_profile
 from tasks.titles.story import Prompt
+
+if TYPE_CHECKING:
+    from bench.gpu_bare import BareLoop
 
 Say = Callable[..., None]
 
@@ -110,19 +113,23 @@ class _ArtService:
         return getattr(self._service, name)
 
 
-async def _bare(
-    session: Any, request: TrainingRequest, service: Any, watch: GpuWatch, say: Say, steps: int
-) -> Measured:
+def _bare_loop(session: Any, request: TrainingRequest) -> BareLoop:
     from bench.gpu_bare import BareLoop
 
-    profile = request.profile
-    loop = BareLoop(
+    return BareLoop(
         session.model,
         session.backend,
         request.reward_model_url,
-        titles=profile.group_size,
-        tokens=profile.max_completion_tokens,
+        titles=request.profile.group_size,
+        tokens=request.profile.max_completion_tokens,
     )
+
+
+async def _bare(
+    session: Any, request: TrainingRequest, service: Any, watch: GpuWatch, say: Say, steps: int
+) -> Measured:
+    profile = request.profile
+    loop = _bare_loop(session, request)
     done, since = [], 0.0
     async with _as_art_does(session, service):
         # The first step compiles what Unsloth's trainer has not compiled yet, and is not counted.
@@ -138,16 +145,7 @@ async def _bare(
 async def _proof(session: Any, request: TrainingRequest, service: Any) -> dict[str, Any]:
     from art.preprocessing.pack import packed_tensors_to_dir
 
-    from bench.gpu_bare import BareLoop
-
-    profile = request.profile
-    loop = BareLoop(
-        session.model,
-        session.backend,
-        request.reward_model_url,
-        titles=profile.group_size,
-        tokens=profile.max_completion_tokens,
-    )
+    loop = _bare_loop(session, request)
     groups = await loop.roll_out(_prompts(request, 50))
     folders = []
     for shared in (True, False):

@@ -85,26 +85,26 @@ class GpuService(UnslothService):
         try:
             self._raise_if_child_failed()
             if sleeps:
-                with watch.part(names.TIME_SLEEP):
+                with watch.time(names.TIME_SLEEP):
                     await self._sleep_runtime()
-            with watch.part(names.TIME_RELOAD):
+            with watch.time(names.TIME_RELOAD):
                 self._state.reload_to_gpu()
-            with watch.part(names.TIME_UPDATE):
+            with watch.time(names.TIME_UPDATE):
                 metrics = self._packed_trainer.update(
                     packed_tensors_from_dir(**disk_packed_tensors), config, dev_config
                 )
                 torch.cuda.synchronize()
             step = get_step_from_dir(self.output_dir) + 1
-            with watch.part(names.TIME_SAVE):
+            with watch.time(names.TIME_SAVE):
                 self._save(step)
             if sleeps:
-                with watch.part(names.TIME_WAKE):
+                with watch.time(names.TIME_WAKE):
                     if not self._stays:
                         self._state.offload_to_cpu()
                     gc.collect()
                     torch.cuda.empty_cache()
                     await self._wake_runtime()
-            with watch.part(names.TIME_SYNC):
+            with watch.time(names.TIME_SYNC):
                 await self._reload_adapter(get_step_checkpoint_dir(self.output_dir, step), step)
         except BaseException:
             # As ART does: a trainer and a server that may be at different steps are no use.

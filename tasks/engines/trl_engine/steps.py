@@ -19,12 +19,12 @@ from tasks.engines.checkpoints import write_checkpoint
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.ledger import Ledger, validation_rows
 from tasks.engines.resume import checkpoints_folder
+from tasks.engines.stopwatch import Stopwatch
 from tasks.engines.training_state import TrainingState
 from tasks.engines.trl_engine.arguments import optimizer_settings
 from tasks.engines.trl_engine.reward import TitleRewards, groups_of
 from tasks.engines.trl_engine.sampler import CpuGeneration, watch
 from tasks.engines.trl_engine.seeds import TitleSeeds
-from tasks.engines.trl_engine.stopwatch import Stopwatch
 from tasks.titles import metric_names as names
 from tasks.titles.cursor import sampling_seed
 from tasks.titles.errors import NothingToTrainOn
@@ -91,7 +91,7 @@ class StepCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say which titles come next, and seed what else of TRL is random: how it deals titles to micro-batches."""
         self._begun = time.monotonic()
-        self._watch.reset()
+        self._watch.seconds.clear()
         before = self._state.cursor
         prompts, cursor = before.next_batch(self._request.train, self._profile.groups_per_step)
         self._after = replace(self._state, cursor=cursor.stepped())
@@ -122,15 +122,15 @@ class StepCallback(TrainerCallback):
         metrics = train_metrics(groups) | {
             own: logs[theirs] for theirs, own in TRAINER_METRICS.items() if theirs in logs
         }
-        rollout = self._watch["write"] + judged.seconds
+        rollout = self._watch.seconds["write"] + judged.seconds
         metrics |= {
             names.TRAIN_EMPTY_BATCHES: float(not trainable(groups)),
             names.TIME_ROLLOUT: rollout,
             names.TIME_JUDGE: judged.seconds,
-            names.TIME_TRAIN: seconds - rollout - self._watch["save"] - self._watch["sync"],
-            names.TIME_SAVE: self._watch["save"],
-            names.TIME_SYNC: self._watch["sync"],
-            names.TIME_SLEEP: self._watch["sleep"],
+            names.TIME_TRAIN: seconds - rollout - self._watch.seconds["save"] - self._watch.seconds["sync"],
+            names.TIME_SAVE: self._watch.seconds["save"],
+            names.TIME_SYNC: self._watch.seconds["sync"],
+            names.TIME_SLEEP: self._watch.seconds["sleep"],
             names.TIME_STEP: seconds,
             names.THROUGHPUT_TOKENS: tokens_of(groups) / seconds,
         }
