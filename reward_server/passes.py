@@ -4,7 +4,8 @@ The first pass reads the stems, a row each: a prefix that several texts share, o
 are padded on the right and need no mask: a token sees only those before it, never the padding behind. The second pass
 reads the rests of the texts (branches) on top of the stems' keys and values. All branches of a stem lie side by side in
 its row, so that the keys and values are not copied; a mask shows each branch its stem and itself, and its positions go
-on where the stem ends. A text's score is read at its last token.
+on where the stem ends. Short stems and their branches are read in one pass, where the mask is for all of a row. A
+text's score is read at its last token.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from tasks.titles.prefixes import Run
 
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _PADDING = -1
+_ONE_PASS_TOKENS = 640
+"""Longest stems that are read in one pass with their branches, with a dense mask. On two cores that made 48 titles 8%
+faster with bodies of 200 tokens, 4% with 600, and 3% slower with 900."""
 _ATTENTION = "sdpa_with_the_given_mask"
 """PyTorch's attention without transformers' making of masks: none is a causal one, which the fastest kernels know."""
 
@@ -123,6 +127,8 @@ class DecoderPasses:
 
     def _logits(self, inputs: Inputs) -> torch.Tensor:
         """Return the scores [texts]: of those that share nothing, then of the others."""
+        if len(inputs.branches) == len(inputs.stems) and inputs.stems.shape[1] <= _ONE_PASS_TOKENS:
+            return self._logits_at_once(inputs)
         branching = len(inputs.branches)
         cache = DynamicCache() if branching else None
         hidden = self._decoder(
@@ -141,6 +147,25 @@ class DecoderPasses:
             ).last_hidden_state
             found.append(hidden[inputs.ends[:, 0], inputs.ends[:, 1]])
         return self._head(torch.cat(found))[:, 0].float()
+
+    def _logits_at_once(self, inputs: Inputs) -> torch.Tensor:
+        """Return the scores [texts] of texts that all share something, from one pass over stems and branches."""
+        rows, width = inputs.stems.shape
+        in_stem = torch.arange(width, device=inputs.stems.device)
+        hidden = self._decoder(
+            input_ids=torch.cat([inputs.stems, inputs.branches], dim=1),
+            position_ids=torch.cat([in_stem.expand(rows, -1), inputs.positions], dim=1),
+            attention_mask=torch.cat([self._stem_mask(inputs), self._mask(inputs)], dim=2),
+            use_cache=False,
+        ).last_hidden_state
+        return self._head(hidden[inputs.ends[:, 0], width + inputs.ends[:, 1]])[:, 0].float()
+
+    def _stem_mask(self, inputs: Inputs) -> torch.Tensor:
+        """Return what is added to the attention of stems [rows, 1, stem tokens, all tokens] where branches follow."""
+        rows, width = inputs.stems.shape
+        dtype, device = self._decoder.dtype, inputs.stems.device
+        mask = torch.full((width, width + inputs.owners.shape[1]), torch.finfo(dtype).min, dtype=dtype, device=device)
+        return mask.triu_(1).expand(rows, 1, -1, -1)
 
     def _mask(self, inputs: Inputs) -> torch.Tensor:
         """Return what is added to the attention of branches [branching rows, 1, branch tokens, all tokens]."""

@@ -208,11 +208,16 @@ class Scorer:
         if reason is None:
             attention = classifier.config._attn_implementation
             texts = _sample_texts(classifier.config.vocab_size, self._pad_id)
-            common = [common_prefix(left, right) for left, right in pairwise(texts)]
+            count = len(texts)
+            # All of them take two passes, those that share a prefix one.
+            texts += [ids for ids in texts if any(other is not ids and common_prefix(ids, other) for other in texts)]
             expected = [self._plain_scores([ids])[0] for ids in texts]
             try:
                 passes = DecoderPasses(classifier, pad_id=self._pad_id, device=self.device)
-                scores = passes.scores(texts, best_runs([len(ids) for ids in texts], common))
+                scores = []
+                for chosen in (texts[:count], texts[count:]):
+                    common = [common_prefix(left, right) for left, right in pairwise(chosen)]
+                    scores += passes.scores(chosen, best_runs([len(ids) for ids in chosen], common))
             except Exception as error:  # whatever a model that was never meant for this raises
                 reason = f"it failed with {type(error).__name__}: {error}"
             else:
