@@ -142,7 +142,7 @@ class _Training:
             names.CANARY_MAX_DIFFERENCE: difference,
         }
         titles: list[dict[str, Any]] = []
-        if self._ledger.validation_is_due(step):
+        if self._profile.validates(step):
             validated, validation = await self._validate(step)
             metrics |= validation
             titles = validation_rows(validated, step)

@@ -76,10 +76,6 @@ class Ledger:
         self.state, self.rows[step] = state, row
         logger.info("Step %d of %d: %s", step, self._profile.max_steps, _rewards(row))
 
-    def validation_is_due(self, step: int) -> bool:
-        """Return whether checkpoint `step` is one that writes titles for the validation stories."""
-        return step % self._profile.eval_steps == 0 or step == self._profile.max_steps
-
     def prune(self) -> set[int]:
         """Remove checkpoints, but for 0, the best and the newest ones; return the steps that are kept."""
         folder = checkpoints_folder(self._run_dir, self._profile.engine)

@@ -146,9 +146,8 @@ def _work(profile: Profile, prepared: PreparedPrompts | None, done: int, found: 
 
 
 def _validations(profile: Profile, done: int) -> int:
-    """Before the first step, at every `eval_steps`, and after the last."""
-    due = {step for step in range(done + 1, profile.max_steps + 1) if step % profile.eval_steps == 0}
-    return len(due | {profile.max_steps} | ({0} if done == 0 else set()))
+    """Return how many are left after step `done`; a new run begins with one."""
+    return sum(profile.validates(step) for step in range(done + 1 if done else 0, profile.max_steps + 1))
 
 
 def _settings(profile: Profile, settings: Settings, found: DryRun) -> None:

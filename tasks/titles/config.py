@@ -214,6 +214,10 @@ class Profile(BaseModel):
         description="the policy's name in MLflow's registry; one name for each base model",
     )
 
+    def validates(self, step: int) -> bool:
+        """Return whether checkpoint `step`, from 0, is one that writes titles for the validation stories."""
+        return step % self.eval_steps == 0 or step == self.max_steps
+
     @property
     def devices_in_use(self) -> int:
         """GPUs that a training holds, those of a vLLM of its own included; the CPU counts as one."""

@@ -19,6 +19,7 @@ import torch
 
 from tasks.engines import art_session
 from tasks.engines.contract import TrainingRequest
+from tasks.engines.gpu.failures import is_there
 from tasks.engines.resume import journal_of
 from tasks.starter.paths import BASE_MODEL
 from tasks.titles.config import EngineName, load_profile
@@ -99,18 +100,11 @@ def wait_until_gone(processes: set[psutil.Process], others_on_gpu: set[int], pat
     """
     given_up = time.monotonic() + patience_s
     while True:
-        left = [" ".join(process.cmdline()) for process in processes if _is_there(process)]
+        left = [" ".join(process.cmdline()) for process in processes if is_there(process)]
         left += [f"process {pid} on the GPU" for pid in pids_on_gpu() - others_on_gpu - {psutil.Process().pid}]
         if not left or time.monotonic() > given_up:
             return left
         time.sleep(0.5)
-
-
-def _is_there(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Hog:

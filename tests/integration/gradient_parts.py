@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import art
 import torch
 from art._backend_training import build_rl_train_configs
 from art.preprocessing.pack import PackedTensors
-from cpu_parts import choice
+from cpu_parts import choice, random_ids
 
 from tasks.engines.art_backend import TitleBackend
 from tasks.engines.cpu.settings import CpuSettings
@@ -28,6 +30,24 @@ class Title:
     tokens: list[int]
     logprobs: list[float]
     reward: float
+
+
+def random_title(rng: random.Random, body: str) -> Title:
+    """Return a title of random tokens."""
+    tokens = [*random_ids(rng, rng.randrange(1, 12)), 2047]
+    return Title(
+        messages=[{"role": "system", "content": "Write a title."}, {"role": "user", "content": body}],
+        tokens=tokens,
+        # Far from the policy in both directions, so that ratios lie on both sides of 1 and beyond the clip at 5.
+        logprobs=[rng.uniform(-12.0, -2.0) for _ in tokens],
+        reward=rng.uniform(-1.0, 3.0),
+    )
+
+
+def random_groups(seed: int, bodies: Sequence[str]) -> list[list[Title]]:
+    """Return a group of four random titles for each of `bodies`."""
+    rng = random.Random(seed)
+    return [[random_title(rng, body) for _ in range(4)] for body in bodies]
 
 
 def pack(groups: list[list[Title]], path: Path, *, shared: bool = True, length: int = 160) -> PackedTensors:

@@ -11,8 +11,8 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import pytest
 import torch
-from cpu_parts import load_base, load_tokenizer, load_with_adapter, make_trainer, plain_logprobs, random_ids
-from gradient_parts import UNCLIPPED, Title, gradients, pack, train
+from cpu_parts import load_base, load_tokenizer, load_with_adapter, make_trainer, plain_logprobs
+from gradient_parts import UNCLIPPED, Title, gradients, pack, random_groups, train
 from peft import PeftModel
 
 from tasks.engines.cpu.cores import Cores
@@ -29,22 +29,6 @@ def cores() -> Iterator[Cores]:
     cores = Cores(2)
     yield cores
     cores.close()
-
-
-def random_title(rng: random.Random, body: str) -> Title:
-    tokens = [*random_ids(rng, rng.randrange(1, 12)), 2047]
-    return Title(
-        messages=[{"role": "system", "content": "Write a title."}, {"role": "user", "content": body}],
-        tokens=tokens,
-        # Far from the policy in both directions, so that ratios lie on both sides of 1 and beyond the clip at 5.
-        logprobs=[rng.uniform(-12.0, -2.0) for _ in tokens],
-        reward=rng.uniform(-1.0, 3.0),
-    )
-
-
-def make_groups(seed: int) -> list[list[Title]]:
-    rng = random.Random(seed)
-    return [[random_title(rng, body) for _ in range(4)] for body in BODIES]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -92,7 +76,7 @@ def reference_loss(model: PeftModel, groups: list[list[Title]], *, ppo: bool) ->
 
 @pytest.mark.parametrize("loss", ["cispo", "ppo"])
 def test_gradients_agree_with_a_plain_reference(tmp_path: Path, cores: Cores, loss: str) -> None:
-    groups = make_groups(1)
+    groups = random_groups(1, BODIES)
     trainer = make_trainer(cores, UNCLIPPED, disturbance=DISTURBANCE)
     (tmp_path / "adapter").mkdir()
     trainer.save(tmp_path / "adapter")
@@ -111,7 +95,7 @@ def test_gradients_agree_with_a_plain_reference(tmp_path: Path, cores: Cores, lo
 
 
 def test_sharing_the_prompt_gives_the_gradient_of_not_sharing_it(tmp_path: Path, cores: Cores) -> None:
-    groups = make_groups(2)
+    groups = random_groups(2, BODIES)
     shared, alone = pack(groups, tmp_path), pack(groups, tmp_path, shared=False)
     assert shared["tokens"].shape[0] < alone["tokens"].shape[0] == 12
     found = []
@@ -123,7 +107,7 @@ def test_sharing_the_prompt_gives_the_gradient_of_not_sharing_it(tmp_path: Path,
 
 
 def test_the_number_of_cores_and_the_padding_change_nothing(tmp_path: Path, cores: Cores) -> None:
-    groups = make_groups(3)
+    groups = random_groups(3, BODIES)
     one_core = Cores(1)
     try:
         serial = make_trainer(one_core, UNCLIPPED, disturbance=DISTURBANCE)
@@ -147,7 +131,7 @@ def test_the_number_of_cores_and_the_padding_change_nothing(tmp_path: Path, core
 
 
 def test_one_update_a_step_or_one_per_sequence(tmp_path: Path, cores: Cores) -> None:
-    packed = pack(make_groups(4), tmp_path)
+    packed = pack(random_groups(4, BODIES), tmp_path)
     sequences = packed["tokens"].shape[0]
     assert sequences > 1
     after = []
@@ -162,7 +146,7 @@ def test_one_update_a_step_or_one_per_sequence(tmp_path: Path, cores: Cores) -> 
 
 
 def test_the_gradient_is_clipped_and_its_norm_reported_unclipped(tmp_path: Path, cores: Cores) -> None:
-    packed = pack(make_groups(5), tmp_path)
+    packed = pack(random_groups(5, BODIES), tmp_path)
     trainer = make_trainer(cores, CpuSettings(max_grad_norm=0.01), disturbance=DISTURBANCE)
     (metrics,) = train(trainer, packed)
     assert metrics["loss/grad_norm"] > 0.02
@@ -171,7 +155,7 @@ def test_the_gradient_is_clipped_and_its_norm_reported_unclipped(tmp_path: Path,
 
 
 def test_metrics_say_what_was_trained_on(tmp_path: Path, cores: Cores) -> None:
-    groups = make_groups(6)
+    groups = random_groups(6, BODIES)
     trainer = make_trainer(cores, disturbance=DISTURBANCE)
     (tmp_path / "adapter").mkdir()
     trainer.save(tmp_path / "adapter")
@@ -197,7 +181,7 @@ def test_metrics_say_what_was_trained_on(tmp_path: Path, cores: Cores) -> None:
 
 
 def test_a_saved_optimiser_takes_the_same_next_step(tmp_path: Path, cores: Cores) -> None:
-    packed = [pack(make_groups(seed), tmp_path) for seed in (7, 8)]
+    packed = [pack(random_groups(seed, BODIES), tmp_path) for seed in (7, 8)]
     first = make_trainer(cores, disturbance=DISTURBANCE)
     train(first, packed[0], learning_rate=1e-2)
     (tmp_path / "saved").mkdir()
@@ -237,7 +221,7 @@ def test_the_first_adapter_depends_on_the_seed_alone(cores: Cores) -> None:
 
 
 def test_an_update_that_is_not_finite_stops_the_run_and_is_not_made(tmp_path: Path, cores: Cores) -> None:
-    packed = pack(make_groups(9), tmp_path)
+    packed = pack(random_groups(9, BODIES), tmp_path)
     trainer = make_trainer(cores, disturbance=DISTURBANCE)
     before = weights(trainer)
     packed["advantages"][packed["assistant_mask"]] = float("inf")
@@ -247,19 +231,19 @@ def test_an_update_that_is_not_finite_stops_the_run_and_is_not_made(tmp_path: Pa
 
 
 def test_options_that_are_not_supported_and_trajectories_too_long_are_refused(tmp_path: Path, cores: Cores) -> None:
-    packed = pack(make_groups(1), tmp_path)
+    packed = pack(random_groups(1, BODIES), tmp_path)
     with pytest.raises(ConfigError, match="precalculate_logprobs"):
         train(make_trainer(cores), packed, precalculate_logprobs=True)
     with pytest.raises(ConfigError, match="Raise packed_sequence_length"):
-        pack(make_groups(1), tmp_path, length=20)
+        pack(random_groups(1, BODIES), tmp_path, length=20)
 
 
 def test_packing_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
     random.seed(1)
-    first = pack(make_groups(1), tmp_path)
+    first = pack(random_groups(1, BODIES), tmp_path)
     random.seed(2)
     state = random.getstate()
-    second = pack(make_groups(1), tmp_path)
+    second = pack(random_groups(1, BODIES), tmp_path)
     assert random.getstate() == state
     assert torch.equal(first["tokens"], second["tokens"])
     assert torch.equal(first["group_ids"], second["group_ids"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 from art._backend_training import build_rl_train_configs
 from art.preprocessing.pack import PackedTensors
-from cpu_parts import load_tokenizer, load_with_adapter, make_trainer, plain_logprobs, random_ids
-from gradient_parts import UNCLIPPED, Title, gradients, pack, train
+from cpu_parts import load_tokenizer, load_with_adapter, make_trainer, plain_logprobs
+from gradient_parts import UNCLIPPED, gradients, pack, random_groups, train
 from peft import PeftModel
 
 from tasks.engines.cpu.cores import Cores
@@ -29,17 +28,6 @@ def cores() -> Iterator[Cores]:
     cores = Cores(1)
     yield cores
     cores.close()
-
-
-def make_title(rng: random.Random, body: str) -> Title:
-    tokens = [*random_ids(rng, rng.randrange(1, 12)), 2047]
-    messages = [{"role": "system", "content": "Write a title."}, {"role": "user", "content": body}]
-    return Title(messages, tokens, [rng.uniform(-12.0, -2.0) for _ in tokens], rng.uniform(-1.0, 3.0))
-
-
-def make_groups(seed: int) -> list[list[Title]]:
-    rng = random.Random(seed)
-    return [[make_title(rng, body) for _ in range(4)] for body in BODIES]
 
 
 def packed_trainer(model: PeftModel, *, max_grad_norm: float = 1e9) -> PackedTrainer:
@@ -59,7 +47,7 @@ def found_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
 def test_its_gradient_is_that_of_the_cpu_trainer(tmp_path: Path, cores: Cores, checkpointing: bool) -> None:
     own = make_trainer(cores, UNCLIPPED, disturbance=0.02)
     own.save(tmp_path)
-    packed = pack(make_groups(1), tmp_path)
+    packed = pack(random_groups(1, BODIES), tmp_path)
     assert packed["tokens"].shape[0] > 1, "the test is about several packed sequences"
     (expected,) = train(own, packed, kl_penalty_coef=0.1)
 
@@ -80,7 +68,7 @@ def test_its_gradient_is_that_of_the_cpu_trainer(tmp_path: Path, cores: Cores, c
 
 def test_titles_that_share_a_prompt_have_the_probabilities_of_single_ones(tmp_path: Path, cores: Cores) -> None:
     make_trainer(cores, disturbance=0.02).save(tmp_path)
-    model, groups = load_with_adapter(tmp_path), make_groups(2)
+    model, groups = load_with_adapter(tmp_path), random_groups(2, BODIES)
     packed = pack(groups, tmp_path, length=512)
     assert packed["tokens"].shape[0] == 1
     config, _ = build_rl_train_configs(learning_rate=0.0)
@@ -107,7 +95,7 @@ def test_titles_that_share_a_prompt_have_the_probabilities_of_single_ones(tmp_pa
 
 def test_one_clipped_update_for_all_sequences(tmp_path: Path, cores: Cores) -> None:
     make_trainer(cores, disturbance=0.02).save(tmp_path)
-    packed = pack(make_groups(3), tmp_path)
+    packed = pack(random_groups(3, BODIES), tmp_path)
     model = load_with_adapter(tmp_path)
     trainer = packed_trainer(model, max_grad_norm=0.01)
     seen: list[float] = []
@@ -125,7 +113,7 @@ def test_one_clipped_update_for_all_sequences(tmp_path: Path, cores: Cores) -> N
 
 def test_an_update_of_the_gpu_that_is_not_finite_is_not_made(tmp_path: Path, cores: Cores) -> None:
     make_trainer(cores, disturbance=0.02).save(tmp_path)
-    packed = pack(make_groups(4), tmp_path)
+    packed = pack(random_groups(4, BODIES), tmp_path)
     model = load_with_adapter(tmp_path)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     packed["advantages"][packed["assistant_mask"]] = float("inf")

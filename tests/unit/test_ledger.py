@@ -212,8 +212,8 @@ def test_time_is_counted_over_all_sittings(tmp_path: Path) -> None:
 def test_validation_is_due_first_regularly_and_last(
     eval_steps: int, max_steps: int, due: list[int], tmp_path: Path
 ) -> None:
-    book = open_ledger(request(tmp_path, eval_steps=eval_steps, max_steps=max_steps))
-    assert [step for step in range(max_steps + 1) if book.validation_is_due(step)] == due
+    profile = request(tmp_path, eval_steps=eval_steps, max_steps=max_steps).profile
+    assert [step for step in range(max_steps + 1) if profile.validates(step)] == due
 
 
 def test_the_first_the_best_and_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:

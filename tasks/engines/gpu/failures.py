@@ -167,12 +167,13 @@ def end(processes: Collection[psutil.Process], patience_s: float = END_PATIENCE_
 def _left_after(seconds: float, processes: Collection[psutil.Process]) -> list[psutil.Process]:
     """Return those of `processes` that are there after `seconds`; at once where none is."""
     given_up = time.monotonic() + seconds
-    while (left := [process for process in processes if _is_there(process)]) and time.monotonic() < given_up:
+    while (left := [process for process in processes if is_there(process)]) and time.monotonic() < given_up:
         time.sleep(_POLL_S)
     return left
 
 
-def _is_there(process: psutil.Process) -> bool:
+def is_there(process: psutil.Process) -> bool:
+    """Return whether `process` has not ended yet."""
     # One that has ended and that nobody has asked for its exit code holds nothing.
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

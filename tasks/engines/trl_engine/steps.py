@@ -139,7 +139,7 @@ class StepCallback(TrainerCallback):
         if judged.neither is not None:
             metrics[names.VERDICT_NEITHER] = judged.neither
         titles: list[dict[str, Any]] = []
-        if self._ledger.validation_is_due(step):
+        if self._profile.validates(step):
             titles, validation = self._validate(step)
             metrics |= validation
         self._commit(after, metrics, titles, groups)
