@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -100,7 +100,9 @@ def is_finite_number(value: Any) -> bool:
 
 
 def _payload(item: RewardInput) -> dict[str, Any]:
-    return {**asdict(item), "time": item.time.isoformat() if item.time is not None else None}
+    # `asdict` would copy each text.
+    payload = {name: getattr(item, name) for name in RewardInput.__slots__}
+    return {**payload, "time": item.time.isoformat() if item.time is not None else None}
 
 
 def _score(answer: Any) -> Score:

@@ -5,6 +5,8 @@ The server, its clients and the training of reward models share this, so that a 
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 from reward_server.errors import BadInput
@@ -46,6 +48,18 @@ def padding_id(tokenizer: Any, config: Any) -> int:
 def tokenize(tokenizer: Any, texts: list[str], **options: Any) -> Any:
     """Return what `tokenizer` makes of `texts`; special tokens that an article spells out are plain characters."""
     return tokenizer(texts, split_special_tokens=True, **options)
+
+
+def fast_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Return a function that gives the token ids of texts as `tokenize` does, in about half the time.
+
+    It leaves out what nobody here reads: masks, offsets and their conversion.
+    """
+    encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True
+    return lambda texts: [encoding.ids for encoding in encoder.encode_batch_fast(texts)]
 
 
 def cut_body(tokenizer: Any, text: str, max_length: int) -> list[int]:

@@ -91,6 +91,12 @@ def pad(inputs: Inputs, shape: Shape, pad_id: int, no_owner: int) -> Inputs:
     )
 
 
+def unpad(logits: torch.Tensor, inputs: Inputs, padded: Inputs) -> torch.Tensor:
+    """Return what of the `logits` of `padded` belongs to the texts of `inputs`."""
+    start = len(padded.alone)
+    return torch.cat([logits[: len(inputs.alone)], logits[start : start + len(inputs.ends)]])
+
+
 def shape_to_use(needed: Shape, captured: Collection[Shape], uses: int) -> Shape | None:
     """Return the shape whose graph serves `needed`, which came `uses` times without one of its own; None for no graph.
 
@@ -138,9 +144,7 @@ class Graphs:
         for static, value in zip(captured.inputs, padded, strict=True):
             static.copy_(value, non_blocking=True)
         captured.graph.replay()
-        logits = captured.logits.cpu()
-        start = len(padded.alone)
-        return torch.cat([logits[: len(inputs.alone)], logits[start : start + len(inputs.ends)]])
+        return unpad(captured.logits.cpu(), inputs, padded)
 
     def _capture(self, padded: Inputs) -> _Captured | None:
         """Return the graph for the shape of `padded`; None, now and for ever, where the model cannot be captured."""

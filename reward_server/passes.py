@@ -11,9 +11,11 @@ text's score is read at its last token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -77,13 +79,24 @@ class DecoderPasses:
     """Scores sorted texts, grouped into runs."""
 
     def __init__(self, classifier: Any, *, pad_id: int, device: str) -> None:
-        """`classifier` is a transformers decoder with a `score` layer, on `device`; its attention is changed."""
+        """`classifier` is a transformers decoder with a `score` layer, on `device`; `undo` undoes what is changed."""
+        self._classifier = classifier
+        self._attention = classifier.config._attn_implementation
         classifier.set_attn_implementation(_ATTENTION)
+        self._norms = [module for module in classifier.modules() if hasattr(module, "variance_epsilon")]
+        for norm in self._norms:
+            norm.forward = partial(_rms_norm, norm)
         self._decoder = classifier.base_model
         self._head = classifier.score
         self._pad_id = pad_id
         self._device = device
         self._graphs = Graphs(self._logits, pad_id, _PADDING) if device == "cuda" else None
+
+    def undo(self) -> None:
+        """Give the classifier its own attention and norms back."""
+        self._classifier.set_attn_implementation(self._attention)
+        for norm in self._norms:
+            del norm.forward
 
     @torch.inference_mode()
     def scores(self, texts: Sequence[Sequence[int]], runs: Sequence[Run]) -> list[float]:
@@ -149,7 +162,10 @@ class DecoderPasses:
         return self._head(torch.cat(found))[:, 0].float()
 
     def _logits_at_once(self, inputs: Inputs) -> torch.Tensor:
-        """Return the scores [texts] of texts that all share something, from one pass over stems and branches."""
+        """Return the scores [texts] as `_logits` does, from one pass over stems and branches, a row of each.
+
+        Rows that a graph's shape adds have both, so texts that share nothing may be among them.
+        """
         rows, width = inputs.stems.shape
         in_stem = torch.arange(width, device=inputs.stems.device)
         hidden = self._decoder(
@@ -158,7 +174,8 @@ class DecoderPasses:
             attention_mask=torch.cat([self._stem_mask(inputs), self._mask(inputs)], dim=2),
             use_cache=False,
         ).last_hidden_state
-        return self._head(hidden[inputs.ends[:, 0], width + inputs.ends[:, 1]])[:, 0].float()
+        columns = torch.cat([inputs.alone[:, 1], width + inputs.ends[:, 1]])
+        return self._head(hidden[torch.cat([inputs.alone[:, 0], inputs.ends[:, 0]]), columns])[:, 0].float()
 
     def _stem_mask(self, inputs: Inputs) -> torch.Tensor:
         """Return what is added to the attention of stems [rows, 1, stem tokens, all tokens] where branches follow."""
@@ -177,6 +194,11 @@ class DecoderPasses:
         seen = torch.cat([in_stem.expand(-1, count, -1), in_branch], dim=2)[:, None]
         dtype = self._decoder.dtype
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Compute transformers' root mean square norm by PyTorch's one kernel instead of eight."""
+    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

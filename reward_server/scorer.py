@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from reward_server.encoding import cut_body, padding_id, readable_length, text_of, tokenize
+from reward_server.encoding import cut_body, fast_encoder, padding_id, readable_length, text_of
 from reward_server.model_files import ModelFiles, find_model, is_classifier
 from reward_server.passes import DecoderPasses, why_no_passes
 from reward_server.schemas import ScoreRequest
@@ -128,6 +128,7 @@ class Scorer:
         self._tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, trust_remote_code=False)
         if not self._tokenizer.is_fast:
             raise ConfigError(f"The tokenizer of '{files.name}' is a slow one; save its tokenizer.json with the model.")
+        self._token_ids = fast_encoder(self._tokenizer)
         model = load_classifier(files, dtype)
         if files.adapter is not None and dtype == torch.float32:
             # Merged, the adapter costs no time. In bfloat16 the sum would round most of a small adapter away.
@@ -162,7 +163,7 @@ class Scorer:
         texts = [text_of(request) for request in requests]
         return [
             ids if len(ids) <= self.max_length else cut_body(self._tokenizer, text, self.max_length)
-            for text, ids in zip(texts, tokenize(self._tokenizer, texts)["input_ids"], strict=True)
+            for text, ids in zip(texts, self._token_ids(texts), strict=True)
         ]
 
     def score_tokens(self, batch: Sequence[list[int]]) -> list[float]:
@@ -206,7 +207,7 @@ class Scorer:
         classifier: Any = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         reason = why_no_passes(classifier, self.max_length)
         if reason is None:
-            attention = classifier.config._attn_implementation
+            passes = None
             texts = _sample_texts(classifier.config.vocab_size, self._pad_id)
             count = len(texts)
             # All of them take two passes, those that share a prefix one.
@@ -226,7 +227,8 @@ class Scorer:
                 if difference <= allowed:
                     return passes
                 reason = f"its scores differ by {difference:.2g} from those of its own forward pass"
-            classifier.set_attn_implementation(attention)
+            if passes is not None:
+                passes.undo()
         logger.warning("Reward model %s cannot share prefixes: %s. Texts are scored whole.", self.name, reason)
         return None
 

@@ -24,6 +24,7 @@ from transformers import (
 from reward_server.check import plain_scores
 from reward_server.client import RewardInput
 from reward_server.encoding import tokenize
+from reward_server.graphs import pad, shape_of, unpad
 from reward_server.model_files import find_model
 from reward_server.schemas import ScoreRequest
 from reward_server.scorer import Scorer
@@ -70,6 +71,24 @@ def test_groups_and_singles_of_random_lengths(seed: int) -> None:
     assert scorer.score_tokens(texts) == pytest.approx(plain(scorer, texts), abs=CLOSE)
     apart = copy_of(scorer, shares_prefixes=False)
     assert apart.score_tokens(texts) == pytest.approx(plain(scorer, texts), abs=CLOSE)
+
+
+@pytest.mark.parametrize("longest", [20, 200, 900])
+@pytest.mark.parametrize("seed", range(4))
+def test_passes_padded_to_the_shape_of_a_graph(seed: int, longest: int) -> None:
+    generator = random.Random(seed)
+    texts = titles_of(generator, bodies=4, titles=6, longest=longest)
+    texts = sorted(texts + [ids(generator, 1, longest) for _ in range(seed)])
+    scorer = starter_scorer()
+    passes = scorer._passes
+    assert passes is not None
+    inputs = passes._inputs(texts, sorted(scorer.divide(texts), key=lambda run: not run.branches))
+    shape = shape_of(inputs)
+    assert shape is not None
+    padded = pad(inputs, shape, scorer._pad_id, -1)
+    with torch.inference_mode():
+        scores = unpad(passes._logits(padded), inputs, padded)
+        torch.testing.assert_close(scores, passes._logits(inputs), atol=CLOSE, rtol=0)
 
 
 BODY = list(range(100, 160))
