@@ -50,7 +50,8 @@ def random_qwen(folder: Path, tokenizer_folder: Path = BASE_MODEL) -> str:
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, model_max_length=32768)
     config = _config("0.5b", num_labels=1, pad_token_id=tokenizer.pad_token_id)
-    model: Any = Qwen2ForSequenceClassification(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = Qwen2ForSequenceClassification(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -61,6 +61,7 @@ BODY_TOKENS = {"starter": (200, 600, 1800), "qwen-0.5b": (200, 2000, 8000)}
 QUICK_BODY_TOKENS = {"starter": (200,), "qwen-0.5b": (200, 2000)}
 BATCH_SIZES = {"cpu": (1, 4, 16), "cuda": (1, 4, 16, 48)}
 CLIENTS = (1, 8, 64)
+KINDS = ("titles", "burst", "step", "batch")
 SERVERS = ("ours", "ours_prefix", "plain")
 WARM_UP_S = {"plain": 0.0, "ours": 3.0, "ours_prefix": 3.0}
 """A load is sent for so long, at least once, before it counts: on a GPU passes of one shape are fast from the third
@@ -127,8 +128,8 @@ class Row:
 
 
 @contextlib.contextmanager
-def server(name: str, model: str, options: argparse.Namespace, logs: Path) -> Iterator[tuple[str, int]]:
-    """Run one of `SERVERS`; yield its address and process id once it answers."""
+def server(name: str, model: str, options: argparse.Namespace, logs: Path) -> Iterator[tuple[str, ChildProcess]]:
+    """Run one of `SERVERS`; yield its address and process at once (`wait_ready` waits until it answers)."""
     command = [sys.executable, "-m", "bench.plain" if name == "plain" else "reward_server"]
     command += ["--model", model, "--device", options.device, "--dtype", options.dtype]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("REWARD_SERVER_")}
@@ -145,13 +146,13 @@ def server(name: str, model: str, options: argparse.Namespace, logs: Path) -> It
         command += ["--fd", str(listener.fileno())]
         process = ChildProcess(command, log_path=log, environment=environment, pass_fds=(listener.fileno(),))
     try:
-        _wait_ready(url, process)
-        yield url, process.pid
+        yield url, process
     finally:
         process.stop()
 
 
-def _wait_ready(url: str, process: ChildProcess) -> None:
+def wait_ready(url: str, process: ChildProcess) -> None:
+    """Return once the server at `url` answers. Raises `RuntimeError` where it ends before."""
     with httpx.Client(trust_env=False, timeout=60) as client:
         while process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
@@ -186,7 +187,7 @@ def measure(options: argparse.Namespace, model: str, urls: dict[str, str], conso
         console.print(f"bodies of {body_tokens} tokens: the limit's best batch size is {size}")
         loads = [Load("titles", body_tokens, clients) for clients in CLIENTS]
         loads += [Load("burst", body_tokens, 48), Load("step", body_tokens, 1), Load("batch", body_tokens, 1)]
-        for load in loads:
+        for load in [load for load in loads if load.kind in options.kinds]:
             measured = asyncio.run(measure_load(load, options, stories, scorer, size, urls))
             rows.append(row_of(load, device, measured))
             if not options.quick:
@@ -305,6 +306,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="training steps of 8 x 6 titles a round")
     parser.add_argument("--body-tokens", type=int, nargs="+", help="lengths of the bodies")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="loads, all by default")
     parser.add_argument("--quick", action="store_true", help="fewer body lengths, one round, no JSON")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
     parser.add_argument("--requests", type=int, help="send so many titles and look at the memory instead")
@@ -321,9 +323,12 @@ def main() -> int:
         model = "starter" if options.model_size == "starter" else random_qwen(logs / "model")
         wanted = SERVERS if options.requests is None else ("ours_prefix",)
         running = {name: servers.enter_context(server(name, model, options, logs)) for name in wanted}
+        for url, process in running.values():
+            wait_ready(url, process)
         if options.requests is not None:
             stories = Stories(AutoTokenizer.from_pretrained(find_model(model).tokenizer))
-            flat = asyncio.run(memory_is_flat(*running["ours_prefix"], options.requests, stories, console))
+            url, process = running["ours_prefix"]
+            flat = asyncio.run(memory_is_flat(url, process.pid, options.requests, stories, console))
             return 0 if flat else 1
         rows = measure(options, model, {name: url for name, (url, _) in running.items()}, console)
     console.print(table_of(rows))
