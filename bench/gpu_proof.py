@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,25 @@ from art.preprocessing.pack import PackedTensors
 from peft import PeftModel
 
 from tasks.engines.adapter_files import trained_weights
-from tasks.engines.gpu.packed_trainer import ALIGNED, PackedTrainer
+from tasks.engines.gpu.packed_trainer import PackedTrainer
 from tasks.engines.packed_update import assistant_tokens, part_of, place_logprobs, sequence_of, spoken_places
+from tasks.titles.packed_sequences import ALIGNED
 
 DISTURBANCE = 0.02
 """A fresh adapter's B is 0, and so are A's gradients: B is disturbed for the comparison."""
 Gradients = dict[str, torch.Tensor]
 Logprobs = dict[tuple[int, ...], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What one way of computing an update gave and took."""
+
+    logprobs: Logprobs
+    gradients: Gradients
+    seconds: float
+    peak_gb: float
+    """The most that PyTorch held meanwhile, weights included, in 10⁹ bytes."""
 
 
 def compare(
@@ -31,25 +44,29 @@ def compare(
     """Compare `shared`, where groups share their prompts, with the same trajectories `alone`, one in each sequence."""
     with _disturbed(model):
         trainer = PackedTrainer(model, optimizer, max_grad_norm=1e9)
-        single, single_gradients, single_s = _timed(model, lambda: _singly(model, alone))
-        masked, masked_gradients, _ = _timed(model, lambda: _packed(trainer, alone))
-        packed, packed_gradients, packed_s = _timed(model, lambda: _packed(trainer, shared))
-        again_s = [_timed(model, lambda: _gradients_only(trainer, shared))[2] for _ in range(2)]
+        single = _measured(model, lambda: _singly(model, alone))
+        masked = _measured(model, lambda: _packed(trainer, alone))
+        packed = _measured(model, lambda: _packed(trainer, shared))
+        again = [_measured(model, lambda: _gradients_only(trainer, shared)) for _ in range(2)]
         with _without_checkpointing(model):
-            stored_s = [_timed(model, lambda: _gradients_only(trainer, shared))[2] for _ in range(2)]
+            stored = [_measured(model, lambda: _gradients_only(trainer, shared)) for _ in range(2)]
     return {
         "sequences": {"shared": shared["tokens"].shape[0], "alone": alone["tokens"].shape[0]},
         "tokens_read": {"shared": _tokens(shared), "alone": _tokens(alone)},
-        "packed_against_single": _apart(packed, single, packed_gradients, single_gradients),
+        "packed_against_single": _apart(packed, single),
         # The same sequences by the two attentions: how far apart rounding alone puts them.
-        "rounding_alone": _apart(masked, single, masked_gradients, single_gradients),
+        "rounding_alone": _apart(masked, single),
         "seconds": {
-            "single_first": single_s,
-            "packed_first": packed_s,
-            "packed": min(again_s),
-            "packed_without_checkpointing": min(stored_s),
+            "single_first": single.seconds,
+            "packed_first": packed.seconds,
+            "packed": min(one.seconds for one in again),
+            "packed_without_checkpointing": min(one.seconds for one in stored),
         },
-        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "peak_allocated_gb": {
+            "single": single.peak_gb,
+            "packed": again[0].peak_gb,
+            "packed_without_checkpointing": stored[0].peak_gb,
+        },
     }
 
 
@@ -102,25 +119,35 @@ def _by_title(inputs: Any, logprobs: torch.Tensor) -> Logprobs:
     }
 
 
-def _timed(model: PeftModel, work: Callable[[], Logprobs]) -> tuple[Logprobs, Gradients, float]:
+def _measured(model: PeftModel, work: Callable[[], Logprobs]) -> Way:
     torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     logprobs = work()
     torch.cuda.synchronize()
     seconds = round(time.perf_counter() - started, 3)
+    peak_gb = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     gradients = {}
     for name, weight in trained_weights(model).items():
         if weight.grad is not None:
             gradients[name], weight.grad = weight.grad.detach().clone(), None
-    return logprobs, gradients, seconds
+    return Way(logprobs, gradients, seconds, peak_gb)
 
 
-def _apart(one: Logprobs, other: Logprobs, gradients: Gradients, others: Gradients) -> dict[str, float]:
-    if one.keys() != other.keys() or gradients.keys() != others.keys():
-        raise RuntimeError(f"Not the same titles or weights: {len(one)}, {len(other)}; {len(gradients)}, {len(others)}")
-    differences = torch.cat([(one[title] - other[title]).abs() for title in one])
-    mine, theirs = (torch.cat([each[name].flatten().float() for name in gradients]) for each in (gradients, others))
-    by_weight = [_cosine(gradients[name].flatten().float(), others[name].flatten().float()) for name in others]
+def _apart(one: Way, other: Way) -> dict[str, float]:
+    if one.logprobs.keys() != other.logprobs.keys() or one.gradients.keys() != other.gradients.keys():
+        raise RuntimeError(
+            f"Not the same titles or weights: {len(one.logprobs)}, {len(other.logprobs)}; "
+            f"{len(one.gradients)}, {len(other.gradients)}"
+        )
+    differences = torch.cat([(one.logprobs[title] - other.logprobs[title]).abs() for title in one.logprobs])
+    mine, theirs = (
+        torch.cat([way.gradients[name].flatten().float() for name in one.gradients]) for way in (one, other)
+    )
+    by_weight = [
+        _cosine(one.gradients[name].flatten().float(), gradient.flatten().float())
+        for name, gradient in other.gradients.items()
+    ]
     return {
         "tokens": float(len(differences)),
         "logprob_max": round(float(differences.max()), 5),

@@ -1,6 +1,6 @@
 """What this project's two ART backends have in common: ART's `LocalBackend` that loses nothing in silence.
 
-A subclass says which service trains and serves; trajectories, tokenising, packing, checkpoints and resume stay ART's.
+A subclass says which service trains and serves; trajectories, packing, checkpoints and resume stay ART's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,7 @@ from art.local import LocalBackend
 from art.preprocessing.pack import PackedTensors
 from art.utils.get_model_step import get_model_step
 
+from tasks.engines.title_tokens import prompts_read_once
 from tasks.titles.errors import ConfigError, HnTitlesError
 
 logger = logging.getLogger(__name__)
@@ -87,11 +89,15 @@ class TitleBackend(LocalBackend):
         return None
 
     def _get_packed_tensors(self, model: Any, *arguments: Any, **options: Any) -> PackedTensors | None:
-        """Pack as ART does, in an order that depends on the seed and the step alone, and losing nothing."""
+        """Pack as ART does, in an order that depends on the seed and the step alone, and losing nothing.
+
+        Where titles share their prompt in a packed sequence, it is tokenized once for them, too.
+        """
         state = random.getstate()
         random.seed(f"{self._seed}/{get_model_step(model, self._path)}")
+        shared = prompts_read_once() if self._supports_result_packing else nullcontext()
         try:
-            with warnings.catch_warnings():
+            with shared, warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Dropping .* tokenized results")
                 return super()._get_packed_tensors(model, *arguments, **options)
         except UserWarning as error:

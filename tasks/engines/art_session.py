@@ -15,7 +15,7 @@ from typing import Any
 
 from tasks.engines.canary import canary_tokens, check_canary
 from tasks.engines.checkpoints import steps_on_disk
-from tasks.engines.context import context_tokens
+from tasks.engines.context import context_tokens, positions
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.cpu.settings import CpuSettings
 from tasks.engines.resume import (
@@ -29,15 +29,12 @@ from tasks.engines.resume import (
 from tasks.engines.training_state import TrainingState
 from tasks.titles.config import Profile, Settings
 from tasks.titles.errors import CheckpointError, ConfigError
+from tasks.titles.packed_sequences import LOGPROB_CHUNK, packed_length, padded_text
 from tasks.titles.rollout import RolloutGroup
 
 logger = logging.getLogger(__name__)
 
 BASE_MODEL_NAME = "base"
-# ART computes log-probabilities in chunks of this many tokens; a packed sequence must be a multiple of it.
-LOGPROB_CHUNK = 1024
-# Tokens of a packed sequence that a GPU is busy with, whatever the model's size.
-PACKED_TOKENS = 8192
 # The ranks that vLLM reserves room for; its default is 16.
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
@@ -49,7 +46,7 @@ class ArtSession:
         from transformers import AutoTokenizer
 
         self.profile = request.profile
-        self._packed_length = packed_length(request.profile, request.base_model)
+        self._packed_length = packed_length(request.profile, positions(request.base_model))
         self.backend = backend
         self.model = model
         self.run_dir = request.run_dir
@@ -176,7 +173,8 @@ async def open_backend(
         backend: Any = GpuBackend(
             path=str(folder), seed=profile.seed, updates_per_step=profile.updates_per_step, sleep=profile.art.sleep
         )
-        internal_config = gpu_config(profile, context_tokens(base_model, profile), packed_length(profile, base_model))
+        packed = packed_length(profile, positions(base_model))
+        internal_config = gpu_config(profile, context_tokens(base_model, profile), packed)
     else:
         from tasks.engines.cpu.backend import CpuBackend
 
@@ -258,21 +256,6 @@ def _check_gpus(profile: Profile) -> None:
         )
 
 
-def packed_length(profile: Profile, base_model: str) -> int | None:
-    """Return the tokens of a packed sequence at most; None leaves it to ART.
-
-    On a GPU with one update a step and no length in the profile: as many as keep the GPU busy, or a whole group where
-    that is more, so that its prompt is read once; never more than `base_model` reads.
-    """
-    if profile.packed_sequence_length or profile.device != "cuda" or profile.updates_per_step != "one":
-        return profile.packed_sequence_length
-    from transformers import AutoConfig
-
-    group = profile.max_prompt_tokens + profile.group_size * (profile.max_completion_tokens + 1)
-    positions = int(AutoConfig.from_pretrained(base_model).max_position_embeddings)
-    return min(max(PACKED_TOKENS, _round_up(group, 64)), positions)
-
-
 def gpu_config(profile: Profile, context_tokens: int, packed: int | None) -> Any:
     """Return ART's internal configuration for a GPU, or one for each part: an `art.dev.InternalModelConfig`.
 
@@ -281,7 +264,6 @@ def gpu_config(profile: Profile, context_tokens: int, packed: int | None) -> Any
     """
     import art
 
-    trained = profile.max_prompt_tokens + profile.max_completion_tokens
     dedicated: Any = {}
     if profile.art.trainer_gpus:
         dedicated = {
@@ -290,7 +272,7 @@ def gpu_config(profile: Profile, context_tokens: int, packed: int | None) -> Any
         }
     return art.dev.InternalModelConfig(
         init_args=art.dev.InitArgs(
-            max_seq_length=packed or _round_up(trained, 2048),
+            max_seq_length=packed or padded_text(profile),
             # ART's default is 4-bit weights, whose probabilities are not those that vLLM samples with.
             load_in_4bit=profile.art.load_in_4bit,
         ),
@@ -322,10 +304,6 @@ def _vllm_rank(rank: int) -> int:
         if rank <= reserved:
             return reserved
     raise ConfigError(f"vLLM serves adapters of rank {VLLM_RANKS[-1]} at most, but lora_rank is {rank}. Lower it.")
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def _prepare_environment() -> None:

@@ -9,14 +9,19 @@ VALIDATOR_EXTRA_TOKENS = 256
 """What the validator reads besides body and title is longer than what the policy reads; its prompt must fit, too."""
 
 
+def positions(base_model: str) -> int:
+    """Return how many tokens `base_model` can read at once."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(base_model).max_position_embeddings)
+
+
 def context_tokens(base_model: str, profile: Profile) -> int:
     """Return how many tokens the policy's server reads at once.
 
     Raises `ConfigError` where the profile's longest prompt and title do not fit.
     """
-    from transformers import AutoConfig
-
-    longest = int(AutoConfig.from_pretrained(base_model).max_position_embeddings)
+    longest = positions(base_model)
     wanted = profile.max_prompt_tokens + profile.max_completion_tokens
     if wanted > longest:
         raise ConfigError(

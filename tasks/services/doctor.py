@@ -185,7 +185,7 @@ def _memory(profile: Profile, machine: Machine) -> Iterable[str]:
     largest = max((gpu.memory_bytes for gpu in machine.gpus.found), default=0)
     there = largest if profile.device == "cuda" else machine.available_bytes
     longest = profile.max_prompt_tokens + profile.max_completion_tokens
-    needed = estimate(profile, files.shape, gpu_bytes=largest, longest=longest, judge_bytes=0)
+    needed = estimate(profile, files.shape, gpu_bytes=largest, free_bytes=largest, longest=longest, judge_bytes=0)
     peak = max(needed.phases, key=lambda phase: phase.bytes)
     if peak.bytes > there:
         yield f"{peak.name}: about {gb(peak.bytes)} of memory, {gb(there)} are there; train --dry-run shows of what"

@@ -21,14 +21,15 @@ from tasks.titles.errors import ConfigError, HnTitlesError
 from tasks.titles.hub_files import ModelFiles, model_files
 from tasks.titles.memory_estimate import GB, Estimate, adapter_bytes, checkpoints_kept, estimate, weight_bytes
 from tasks.titles.prepare import PreparedPrompts, prepare_prompts
-from tasks.titles.run_directory import RunDirectory, newest_first
+from tasks.titles.run_directory import RunDirectory, newest_first, run_to_continue
 from tasks.titles.tokens import Progress
 from tasks.titles.training_progress import duration
 
 USUAL_GPU = 80 * GB
 """The GPU that memory is told for where there is none: the one that the profiles' settings were published for."""
 ALIKE = ("engine", "base_model", "device", "devices", "groups_per_step", "group_size", "max_prompt_tokens",
-         "max_completion_tokens", "stories", "trl")  # fmt: skip
+         "max_completion_tokens", "stories", "updates_per_step", "packed_sequence_length", "kl_beta", "art",
+         "trl")  # fmt: skip
 """Settings that decide how long a step takes; a former run that differs in one says nothing."""
 
 
@@ -59,8 +60,7 @@ def dry_run(
 ) -> DryRun:
     """Return what a training of `profile` would take here; every reason against it is among the problems."""
     found = DryRun(problems=obstacles(profile, machine, settings))
-    run = _run_to_continue(profile, settings.runs_dir, run_name, fresh, found)
-    done = _done(run, found)
+    done = _done(profile, settings.runs_dir, run_name, fresh, found)
     prepared = _prompts(profile, settings, found, progress) if _can_be_read(profile, machine) else None
     _work(profile, prepared, done, found)
     _settings(profile, settings, found)
@@ -76,29 +76,19 @@ def dry_run(
     return found
 
 
-def _run_to_continue(
-    profile: Profile, runs_dir: Path, run_name: str | None, fresh: bool, found: DryRun
-) -> RunDirectory | None:
-    """Return the run that the command would continue, as `open_run` would choose it."""
-    for run in newest_first(runs_dir):
-        if run_name is None and not fresh and run.profile == profile and not run.trained:
-            return run
-        if run_name == run.name:
-            if fresh:
-                found.problems.append(f"There is a run '{run_name}' already: give another --run-name, or no --fresh.")
-            ours, theirs = (one.model_dump(exclude=set(MAY_CHANGE)) for one in (profile, run.profile))
-            different = sorted(key for key in ours if ours[key] != theirs[key])
-            if different:
-                found.problems.append(f"Run '{run_name}' was started with other settings: {', '.join(different)}.")
-            return run
-    return None
-
-
-def _done(run: RunDirectory | None, found: DryRun) -> int:
+def _done(profile: Profile, runs_dir: Path, run_name: str | None, fresh: bool, found: DryRun) -> int:
+    """Return the steps that the run to continue has made, 0 for a new one."""
+    try:
+        run = run_to_continue(
+            profile, runs_dir=runs_dir, run_name=run_name, fresh=fresh, until="trained", may_change=MAY_CHANGE
+        )
+    except HnTitlesError as error:
+        found.problems.append(str(error))
+        return 0
     if run is None:
         found.facts.append(("run", "a new one"))
         return 0
-    step = latest_complete(checkpoints_folder(run.path, run.profile.engine)) or 0
+    step = latest_complete(checkpoints_folder(run.path, profile.engine)) or 0
     found.facts.append(("run", f"continues {run.name} after step {step}"))
     return step
 
@@ -174,17 +164,19 @@ def _context(profile: Profile, files: ModelFiles, found: DryRun) -> None:
 def _memory(profile: Profile, files: ModelFiles, machine: Machine, found: DryRun) -> None:
     assert files.shape is not None
     gpu = max(machine.gpus.found, key=lambda one: one.memory_bytes, default=None)
-    gpu_bytes = gpu.memory_bytes if gpu else USUAL_GPU
+    gpu_bytes, free_bytes = (gpu.memory_bytes, gpu.free_bytes) if gpu else (USUAL_GPU, USUAL_GPU)
     judges = _judges(profile)
     longest = min(files.shape.max_positions, profile.max_prompt_tokens + profile.max_completion_tokens)
-    needed = estimate(profile, files.shape, gpu_bytes=gpu_bytes, longest=longest, judge_bytes=judges)
+    needed = estimate(
+        profile, files.shape, gpu_bytes=gpu_bytes, free_bytes=free_bytes, longest=longest, judge_bytes=judges
+    )
     for phase in needed.phases:
         found.memory += [(phase.name, part.name, gb(part.bytes)) for part in phase.parts]
         found.memory.append((phase.name, "", gb(phase.bytes)))
     on_gpu = profile.device == "cuda"
     if on_gpu and gpu is None:
         found.notes.append(f"No GPU is here: memory is told for one of {gb(USUAL_GPU)}.")
-    there = (gpu.free_bytes if gpu else gpu_bytes) if on_gpu else machine.available_bytes
+    there = free_bytes if on_gpu else machine.available_bytes
     where = "the GPU" if on_gpu else "memory"
     for phase in needed.phases:
         if phase.bytes > there:

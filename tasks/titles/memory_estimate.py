@@ -11,6 +11,7 @@ from typing import Literal
 
 from tasks.titles.config import Profile
 from tasks.titles.model_shape import ModelShape
+from tasks.titles.packed_sequences import LOGPROB_CHUNK, longest_sequence
 
 GB = 10**9
 HALF, FLOAT = 2, 4
@@ -28,11 +29,15 @@ VLLM_WORK = 2.0 * GB
 """What vLLM keeps of its share besides weights and cache: its widest pass and the captured graphs. Rough."""
 VLLM_ASLEEP = 0.8 * GB
 """What a sleeping vLLM leaves on the GPU: 0.8 GB, measured with vLLM 0.22.1 on an H100."""
-LOGPROB_CHUNK = 1024
-"""Tokens of which ART computes the log-probabilities at once."""
+RESERVE = 4 * 2**30
+"""Bytes that have to be free beside an awake vLLM and the trainer's weights for these to stay on the GPU: for the
+canary, and for what PyTorch keeps."""
+MASK_AT_WORK = 4
+"""Bytes that the layer at work makes of the packing mask for each pair of tokens: Unsloth a boolean one, and PyTorch's
+attention the opposite of it and a 16-bit one again."""
 LOGIT_COPIES = 4
-"""How many 32-bit tables of a chunk's logits live at once in a backward pass: logits, log-softmax, its gradient, and
-the logits' gradient."""
+"""How many 32-bit tables of logits live at once: logits, log-softmax, and two that make the entropy of it, or the two
+gradients in the backward pass."""
 CPU_PROCESS = 0.7 * GB
 """What a Python process with torch and transformers takes before its model. Rough."""
 CPU_PROCESSES = 3
@@ -115,12 +120,6 @@ def vllm_cache(shape: ModelShape, share_bytes: float, longest: int) -> Cache:
     return Cache(max(0, int(free / shape.kv_bytes_per_token(HALF))), longest)
 
 
-def art_sequence(profile: Profile) -> int:
-    """Return the tokens of one packed training sequence of ART: the profile's, or the longest text's, rounded up."""
-    longest = profile.max_prompt_tokens + profile.max_completion_tokens
-    return profile.packed_sequence_length or -(-longest // 2048) * 2048
-
-
 def adapter_bytes(profile: Profile, shape: ModelShape) -> tuple[int, int]:
     """Return the bytes of a checkpoint's adapter and of its optimiser's state on disk."""
     count = shape.lora_parameters(profile.lora_rank)
@@ -132,16 +131,22 @@ def checkpoints_kept(profile: Profile) -> int:
     return min(profile.max_steps + 1, profile.keep_checkpoints + 2)
 
 
-def estimate(profile: Profile, shape: ModelShape, *, gpu_bytes: float, longest: int, judge_bytes: float) -> Estimate:
+def estimate(
+    profile: Profile, shape: ModelShape, *, gpu_bytes: float, free_bytes: float, longest: int, judge_bytes: float
+) -> Estimate:
     """Return what `profile` needs.
 
-    `gpu_bytes` is one GPU's whole memory, of which vLLM takes its share; `longest` is the most tokens that the
+    `gpu_bytes` is one GPU's whole memory, of which vLLM takes its share; `free_bytes` is what of it nobody holds
+    before the run; `longest` is the most tokens that the
     policy's server reads and writes for one text; `judge_bytes` is what the reward models hold.
     """
     if profile.device == "cpu":
         return Estimate((_on_cpu(profile, shape, judge_bytes),), None)
-    phases = _art(profile, shape, gpu_bytes) if profile.engine == "art" else _trl(profile, shape, gpu_bytes)
     judge = (Part("reward models", judge_bytes + CUDA_PROCESS),) if judge_bytes else ()
+    if profile.engine == "art":
+        phases = _art(profile, shape, gpu_bytes, free_bytes - sum(part.bytes for part in judge))
+    else:
+        phases = _trl(profile, shape, gpu_bytes)
     share = profile.art.vllm_memory_share if profile.engine == "art" else profile.trl.vllm_memory_share
     elsewhere = profile.engine == "trl" and profile.trl.vllm_mode == "server"
     return Estimate(
@@ -151,38 +156,55 @@ def estimate(profile: Profile, shape: ModelShape, *, gpu_bytes: float, longest: 
 
 
 def _on_cpu(profile: Profile, shape: ModelShape, judge_bytes: float) -> Phase:
-    tokens = art_sequence(profile)
+    longest = longest_sequence(profile, shape.max_positions)
+    tokens = longest.tokens
     adapter = shape.lora_parameters(profile.lora_rank)
     parts = (
         Part("processes", CPU_PROCESSES * CPU_PROCESS),
         # One process samples, one trains.
         Part("base weights, 32 bits, twice", 2 * shape.parameters * FLOAT),
         Part("adapter and optimiser", adapter * ADAPTER_TRAINING_CPU),
-        Part("activations and logits", 2 * activation_bytes(shape, tokens) + logit_bytes(shape, tokens)),
+        Part("activations and logits", 2 * activation_bytes(shape, tokens) + logit_bytes(shape, longest.scored)),
         Part("key-value cache", profile.rollout_concurrency * tokens * shape.kv_bytes_per_token(FLOAT)),
         Part("reward models", judge_bytes * 2),
     )
     return Phase("training", "ram", parts)
 
 
-def _art(profile: Profile, shape: ModelShape, gpu_bytes: float) -> tuple[Phase, ...]:
-    """ART: one process trains, vLLM's serves; the trainer leaves the GPU while titles are written, vLLM's cache and
-    weights leave it while the policy trains."""
-    tokens = art_sequence(profile)
-    rollouts = (
-        Part("vLLM's share", profile.art.vllm_memory_share * gpu_bytes),
-        Part("CUDA, two processes", 2 * CUDA_PROCESS),
-    )
-    training = (
+def _art(profile: Profile, shape: ModelShape, gpu_bytes: float, room: float) -> tuple[Phase, ...]:
+    """ART: one process trains, vLLM's serves; on a GPU that they share, each leaves it while the other works, but for
+    the trainer's weights where they fit beside vLLM into `room`, the bytes that nobody else holds."""
+    shared = not profile.art.trainer_gpus
+    vllm = Part("vLLM's share", profile.art.vllm_memory_share * gpu_bytes)
+    cuda = Part("CUDA, two processes", 2 * CUDA_PROCESS) if shared else Part("CUDA", CUDA_PROCESS)
+    weights = (
         Part("base weights", weight_bytes(shape, four_bit=profile.art.load_in_4bit)),
         Part("adapter and optimiser", shape.lora_parameters(profile.lora_rank) * ADAPTER_TRAINING),
-        Part("activations", activation_bytes(shape, tokens)),
-        Part("attention mask", tokens * tokens * HALF),  # ART writes it out, for each pair of tokens
-        Part("logits", logit_bytes(shape, min(LOGPROB_CHUNK, tokens))),
-        Part("vLLM asleep", VLLM_ASLEEP),
-        Part("CUDA, two processes", 2 * CUDA_PROCESS),
     )
-    return Phase("rollouts", "gpu", rollouts), Phase("training", "gpu", training)
+    asleep = Part("vLLM asleep", VLLM_ASLEEP) if profile.art.sleep else vllm
+    beside = sum(part.bytes for part in (vllm, cuda, *weights))
+    stay = shared and (not profile.art.sleep or (profile.updates_per_step == "one" and beside + RESERVE <= room))
+    return (
+        Phase("rollouts", "gpu", (vllm, *(weights if stay else ()), cuda)),
+        Phase("training", "gpu", (*weights, *_art_pass(profile, shape), *((asleep,) if shared else ()), cuda)),
+    )
+
+
+def _art_pass(profile: Profile, shape: ModelShape) -> tuple[Part, ...]:
+    """What a forward and a backward pass take: this project's over packed sequences, or ART's own."""
+    longest = longest_sequence(profile, shape.max_positions)
+    activations = Part("activations", activation_bytes(shape, longest.tokens))
+    mask = longest.tokens**2 * HALF
+    if profile.updates_per_step == "per_sequence":
+        # ART makes the mask for each trajectory, and Unsloth puts it aside.
+        logits = logit_bytes(shape, min(LOGPROB_CHUNK, longest.tokens))
+        return activations, Part("attention mask", mask), Part("logits", logits)
+    return (
+        activations,
+        Part("attention mask", mask + longest.tokens**2 * MASK_AT_WORK),
+        Part("logits", logit_bytes(shape, longest.scored)),
+        Part("output layer, 32 bits", shape.embeddings * FLOAT),
+    )
 
 
 def _trl(profile: Profile, shape: ModelShape, gpu_bytes: float) -> tuple[Phase, ...]:

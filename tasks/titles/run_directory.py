@@ -122,38 +122,22 @@ def open_run(
     may_change: Collection[str] = (),
     stem: str | None = None,
 ) -> RunDirectory:
-    """Return the folder to work in: one to continue, or a new one.
+    """Return the folder to work in: the one to continue, by the rules of `run_to_continue`, or a new one.
 
-    With `run_name` the folder of that name is continued, or made; settings of `may_change` may then differ
-    from what it was started with. Without it the newest run of the very same profile that has not come to
-    `until` is continued, and else `<stem>-<n>` is made, `stem` being `<profile>-<engine>` where it is not given.
-    `fresh` never continues.
+    A new one without a name is `<stem>-<n>`, `stem` being `<profile>-<engine>` where it is not given.
 
-    Raises `ConfigError` where `run_name` is no folder name, belongs to another profile, or is taken
-    although a fresh run was asked for.
+    Raises `ConfigError` as `run_to_continue` does.
     """
+    run = run_to_continue(
+        profile, runs_dir=runs_dir, run_name=run_name, fresh=fresh, until=until, may_change=may_change
+    )
+    if run is not None:
+        write_json(run.path / "profile.json", profile.model_dump(mode="json"))
+        return run
     if run_name is not None:
-        if not _RUN_NAME.fullmatch(run_name):
-            raise ConfigError(
-                f"A run name is a folder's name of letters, digits, '.', '_' and '-', at most 100, got '{run_name}'."
-            )
         path = runs_dir / run_name
-        if not (path / "run.json").exists():
-            # A process that was killed before it wrote run.json leaves a folder without one.
-            path.mkdir(parents=True, exist_ok=True)
-            strangers = sorted(entry.name for entry in path.iterdir() if entry.name not in {"profile.json", ".lock"})
-            if strangers:
-                raise ConfigError(f"{path} is no run's folder: it holds {strangers[0]}. Give another --run-name.")
-            return _initialise(path, profile)
-        if fresh:
-            raise ConfigError(f"There is a run '{run_name}' already: give another --run-name, or leave out --fresh.")
-        _check_same_profile(path, profile, may_change)
-        write_json(path / "profile.json", profile.model_dump(mode="json"))
-        return RunDirectory(path, profile, resumed=True)
-    if not fresh:
-        for run in newest_first(runs_dir):
-            if run.profile == profile and _ORDER.index(run.record().state) < _ORDER.index(until):
-                return run
+        path.mkdir(parents=True, exist_ok=True)
+        return _initialise(path, profile)
     runs_dir.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -163,6 +147,46 @@ def open_run(
             return _initialise(path, profile)
         except FileExistsError:
             number += 1
+
+
+def run_to_continue(
+    profile: Profile,
+    *,
+    runs_dir: Path,
+    run_name: str | None = None,
+    fresh: bool = False,
+    until: State = "evaluated",
+    may_change: Collection[str] = (),
+) -> RunDirectory | None:
+    """Return the run that a command continues, None where it makes a new one. Changes nothing.
+
+    With `run_name` it is the one of that name; settings of `may_change` may then differ from what it was started
+    with. Without it, it is the newest run of the very same profile that has not come to `until`. `fresh` never
+    continues.
+
+    Raises `ConfigError` where `run_name` is no folder name, belongs to another profile, or is taken although a fresh
+    run was asked for.
+    """
+    if run_name is None:
+        runs = [] if fresh else newest_first(runs_dir)
+        ends = _ORDER.index(until)
+        return next((one for one in runs if one.profile == profile and _ORDER.index(one.record().state) < ends), None)
+    if not _RUN_NAME.fullmatch(run_name):
+        raise ConfigError(
+            f"A run name is a folder's name of letters, digits, '.', '_' and '-', at most 100, got '{run_name}'."
+        )
+    path = runs_dir / run_name
+    if not (path / "run.json").exists():
+        # A process that was killed before it wrote run.json leaves a folder without one.
+        there = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+        strangers = sorted(set(there) - {"profile.json", ".lock"})
+        if strangers:
+            raise ConfigError(f"{path} is no run's folder: it holds {strangers[0]}. Give another --run-name.")
+        return None
+    if fresh:
+        raise ConfigError(f"There is a run '{run_name}' already: give another --run-name, or leave out --fresh.")
+    _check_same_profile(path, profile, may_change)
+    return RunDirectory(path, profile, resumed=True)
 
 
 def find_run(

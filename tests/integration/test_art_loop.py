@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from training_parts import open_tracker, profile, prompts, request, tracking_uri
-from transformers import Qwen2Config
 
 from reward_server.client import RewardClient
 from tasks.engines.art_loop import train
@@ -21,13 +20,11 @@ from tasks.engines.art_session import (
     check_art_settings,
     gpu_config,
     open_session,
-    packed_length,
     server_config,
 )
 from tasks.engines.contract import Progress, TrainingRequest, TrainingResult
 from tasks.engines.resume import checkpoints_folder, journal_of, stored_state
 from tasks.engines.tracker import MlflowTracker
-from tasks.starter.paths import BASE_MODEL
 from tasks.titles import metric_names as names
 from tasks.titles.config import load_profile
 from tasks.titles.errors import (
@@ -231,27 +228,6 @@ def test_what_art_is_told_on_a_gpu(name: str) -> None:
     assert config["trainer_args"] == {"max_grad_norm": 0.1, "optim": "adamw_8bit"}
     assert server_config()["server_args"]["served_model_name"] == "base"
     assert "trainer_gpu_ids" not in config
-
-
-@pytest.mark.parametrize(
-    ("changes", "tokens"),
-    [
-        ({}, 2048),  # the starter model reads no more
-        ({"max_prompt_tokens": 1900}, 2048),
-        ({"packed_sequence_length": 512}, 512),
-        ({"updates_per_step": "per_sequence"}, None),
-        ({"device": "cpu"}, None),
-    ],
-)
-def test_how_long_a_packed_sequence_is(changes: dict[str, Any], tokens: int | None) -> None:
-    own = profile(**{"device": "cuda", "packed_sequence_length": None, **changes})
-    assert packed_length(own, str(BASE_MODEL)) == tokens
-
-
-def test_a_packed_sequence_holds_a_long_group(tmp_path: Path) -> None:
-    Qwen2Config(max_position_embeddings=32768).save_pretrained(tmp_path)
-    assert packed_length(load_profile("qwen-0.5b"), str(tmp_path)) == 8704
-    assert packed_length(load_profile("qwen-0.5b", ["max_prompt_tokens=1948"]), str(tmp_path)) == 8192
 
 
 def test_a_rank_that_vllm_cannot_serve_is_refused() -> None:

@@ -94,6 +94,7 @@ def test_a_dry_run_tells_work_memory_and_time_and_starts_nothing(workplace: Path
         (("--engine", "trl", "--set", "trl.micro_batch=5"), "no multiple of trl.micro_batch = 5"),
         (("--set", "stories=missing.parquet"), "missing.parquet"),
         (("--set", "rollout_concurrency=9000000"), "Training: about"),
+        (("--run-name", "a run"), "A run name is a folder's name"),
     ],
 )
 def test_a_dry_run_gives_every_reason_against_it(workplace: Path, arguments: tuple[str, ...], reason: str) -> None:

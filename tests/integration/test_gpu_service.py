@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from art._backend_training import build_rl_train_configs
 from art.preprocessing.pack import packed_tensors_to_dir
 from fastapi import FastAPI
@@ -47,6 +48,8 @@ def service(folder: Path, state: Any, **changes: Any) -> GpuService:
 async def test_training_keeps_the_precision_that_art_takes_off_and_writes_the_optimiser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whatever precision other trainers of this process have asked for: accelerate remembers the first.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = policy()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])

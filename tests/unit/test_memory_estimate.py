@@ -13,9 +13,9 @@ from tasks.titles.config import Profile, load_profile
 from tasks.titles.errors import ConfigError
 from tasks.titles.memory_estimate import (
     GB,
+    Estimate,
     activation_bytes,
     adapter_bytes,
-    art_sequence,
     estimate,
     logit_bytes,
     vllm_cache,
@@ -38,6 +38,24 @@ STARTER = json.loads((BASE_MODEL / "config.json").read_text(encoding="utf-8"))
 
 def shape(config: dict[str, Any], **changes: object) -> ModelShape:
     return read_shape({**config, **changes}, "a test")
+
+
+def estimate_on(
+    profile: Profile,
+    found: ModelShape,
+    *,
+    gpu_bytes: float = 80 * GB,
+    free_bytes: float = 80 * GB,
+    judge_bytes: float = 0,
+) -> Estimate:
+    return estimate(
+        profile,
+        found,
+        gpu_bytes=gpu_bytes,
+        free_bytes=min(free_bytes, gpu_bytes),
+        longest=8_448,
+        judge_bytes=judge_bytes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +122,7 @@ def test_what_is_longer_or_larger_takes_more_and_vllms_share_counts_while_titles
     changes: list[str],
 ) -> None:
     def peak(profile: Profile, config: dict[str, Any], phase: str) -> float:
-        found = estimate(profile, shape(config), gpu_bytes=80 * GB, longest=8_448, judge_bytes=0)
+        found = estimate_on(profile, shape(config))
         return next(part.bytes for part in found.phases if part.name == phase)
 
     profile = load_profile("qwen-0.5b", changes)
@@ -117,17 +135,48 @@ def test_what_is_longer_or_larger_takes_more_and_vllms_share_counts_while_titles
 
 def test_reward_models_on_the_same_gpu_count_in_every_phase() -> None:
     profile, found = load_profile("qwen-0.5b"), shape(QWEN_HALF)
-    without, beside = (
-        estimate(profile, found, gpu_bytes=80 * GB, longest=8_448, judge_bytes=judge) for judge in (0, 1 * GB)
-    )
+    without, beside = (estimate_on(profile, found, judge_bytes=judge) for judge in (0, 1 * GB))
     more = [b.bytes - a.bytes for a, b in zip(without.phases, beside.phases, strict=True)]
     assert more == pytest.approx([1.7 * GB] * 2)
 
 
-def test_arts_sequence_is_the_longest_text_rounded_up() -> None:
-    assert art_sequence(load_profile("qwen-0.5b")) == 8_192
-    assert art_sequence(load_profile("qwen-0.5b", ["max_prompt_tokens=8093"])) == 10_240
-    assert art_sequence(load_profile("starter")) == 1_024
+def training(changes: list[str], **there: float) -> dict[str, dict[str, float]]:
+    """The bytes of each part in each phase of ART's training of the 0.5B model."""
+    found = estimate_on(load_profile("qwen-0.5b", changes), shape(QWEN_HALF), **there)
+    return {phase.name: {part.name: part.bytes for part in phase.parts} for phase in found.phases}
+
+
+def test_a_packed_update_holds_logits_of_titles_alone_and_the_output_layer_in_32_bits() -> None:
+    packed, by_art = (training([f"updates_per_step={one}"])["training"] for one in ("one", "per_sequence"))
+    found = shape(QWEN_HALF)
+    assert packed["logits"] == logit_bytes(found, 600) and by_art["logits"] == logit_bytes(found, 1024)
+    assert packed["output layer, 32 bits"] == 4 * 896 * 151_936 and "output layer, 32 bits" not in by_art
+    assert packed["activations"] == activation_bytes(found, 8_704) > by_art["activations"]
+    assert packed["attention mask"] == 6 * 8_704**2 and by_art["attention mask"] == 2 * 8_192**2
+    # Eight prompts: all of their titles may be in one sequence.
+    assert training(["groups_per_step=8"])["training"]["logits"] == logit_bytes(found, 4_800)
+
+
+@pytest.mark.parametrize(
+    ("changes", "there", "stay", "vllm"),
+    [
+        ([], {}, True, "vLLM asleep"),
+        ([], {"gpu_bytes": 20 * GB}, False, "vLLM asleep"),  # a quarter of it holds no weights and 4 GiB
+        ([], {"free_bytes": 66 * GB}, False, "vLLM asleep"),
+        ([], {"judge_bytes": 13 * GB}, False, "vLLM asleep"),
+        (["art.sleep=false"], {"gpu_bytes": 20 * GB}, True, "vLLM's share"),
+        (["updates_per_step=per_sequence"], {}, False, "vLLM asleep"),
+        (["art.trainer_gpus=[0]", "art.inference_gpus=[1]"], {}, False, None),
+    ],
+    ids=["sleep", "small GPU", "taken GPU", "with a judge", "awake", "as ART does", "two GPUs"],
+)
+def test_who_is_on_arts_gpu_beside_whom(
+    changes: list[str], there: dict[str, float], stay: bool, vllm: str | None
+) -> None:
+    phases = training(changes, **there)
+    assert ("base weights" in phases["rollouts"]) is stay
+    assert {"vLLM asleep", "vLLM's share"} & phases["training"].keys() == ({vllm} if vllm else set())
+    assert phases["rollouts"]["vLLM's share"] == 0.75 * there.get("gpu_bytes", 80 * GB)
 
 
 def test_a_checkpoint_holds_the_adapter_and_two_moments() -> None:

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.titles.config import Profile, load_profile
 from tasks.titles.errors import ConfigError, DataError
-from tasks.titles.run_directory import find_run, open_run, write_text
+from tasks.titles.run_directory import find_run, open_run, run_to_continue, write_text
 
 STARTER = load_profile("starter")
 
@@ -58,6 +59,29 @@ def test_a_run_is_continued_until_it_is_as_far_as_the_command_goes(
     first = open_run(STARTER, runs_dir=tmp_path)
     first.update(state=state)
     assert (open_run(STARTER, runs_dir=tmp_path, until=until).path == first.path) is continued  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "continued"),
+    [
+        ({}, "second"),
+        ({"until": "trained"}, "first"),
+        ({"fresh": True}, None),
+        ({"run_name": "first"}, "first"),
+        ({"run_name": "new"}, None),
+    ],
+)
+def test_what_would_be_continued_is_told_without_a_change(
+    tmp_path: Path, options: dict[str, Any], continued: str | None
+) -> None:
+    for name in ("first", "second"):
+        run = open_run(STARTER, runs_dir=tmp_path, run_name=name)
+    run.update(state="trained")
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    found = run_to_continue(STARTER, runs_dir=tmp_path, **options)
+    assert (found.name if found else None) == continued
+    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert open_run(STARTER, runs_dir=tmp_path, **options).resumed is (continued is not None)
 
 
 def test_a_named_run_with_other_settings_is_refused_with_their_names(tmp_path: Path) -> None:

@@ -27,9 +27,8 @@ from tasks.engines.packed_update import (
     spoken_places,
     update_metrics,
 )
+from tasks.titles.packed_sequences import ALIGNED
 
-ALIGNED = 64
-"""Attention kernels want masks whose rows begin at round addresses."""
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention that takes any mask; cuDNN's, which does too, makes a new plan for every length that it sees."""
 

@@ -23,7 +23,7 @@ from art.metrics_taxonomy import TRAIN_GRADIENT_STEPS_KEY
 from art.preprocessing.pack import DiskPackedTensors, packed_tensors_from_dir
 from art.types import TrainConfig
 from art.unsloth.service import UnslothService
-from art.unsloth.train import UnslothTrainContext, calculate_attn_bias
+from art.unsloth.train import UnslothTrainContext
 from art.utils.get_model_step import get_step_from_dir
 from art.utils.output_dirs import get_step_checkpoint_dir
 
@@ -34,14 +34,13 @@ import torch
 from tasks.engines.adapter_files import load_optimizer, save_optimizer, save_training
 from tasks.engines.checkpoints import write_checkpoint
 from tasks.engines.gpu.failures import TellsFailures
-from tasks.engines.gpu.packed_trainer import ALIGNED, PackedTrainer
+from tasks.engines.gpu.packed_trainer import PackedTrainer
 from tasks.engines.stopwatch import Stopwatch
 from tasks.titles import metric_names as names
+from tasks.titles.memory_estimate import RESERVE
 
 PRECISION = ("forward", "_original_forward")
 """The attributes by which accelerate makes a model compute in bfloat16 and answer in float32."""
-RESERVE = 4 * 2**30
-"""Bytes that stay free beside an awake vLLM and the trainer's weights: for the canary, and for what PyTorch keeps."""
 
 
 @dataclass
@@ -211,15 +210,10 @@ def _optimizer(state: UnslothTrainContext) -> torch.optim.Optimizer:
 def _logprobs(state: UnslothTrainContext, token_ids: list[int]) -> list[float]:
     model: Any = state.trainer.model
     head = model.get_output_embeddings().weight
-    padding = -len(token_ids) % ALIGNED
-    # What comes after the text changes nothing before it.
-    tokens = torch.tensor([[*token_ids, *([0] * padding)]], device=head.device)
-    one_text = torch.zeros_like(tokens)
-    mask = calculate_attn_bias(1, tokens.shape[1], tokens.device, one_text, one_text, torch.bfloat16)
-    # ART's own way to ask Unsloth: the head is applied outside, to what the last layer says.
+    tokens = torch.tensor([token_ids], device=head.device)
+    # ART's own way to ask Unsloth: the head is applied outside, to what the last layer says. Attention is causal.
     os.environ["UNSLOTH_RETURN_HIDDEN_STATES"] = "1"
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        hidden = model(input_ids=tokens, causal_mask=mask).logits
-    logits = hidden[0, : len(token_ids) - 1].float() @ head.float().T
-    of_next = tokens[0, 1 : len(token_ids), None]
-    return cast(list[float], logits.log_softmax(dim=-1).gather(1, of_next)[:, 0].tolist())
+        hidden = model(input_ids=tokens).logits
+    logits = hidden[0, :-1].float() @ head.float().T
+    return cast(list[float], logits.log_softmax(dim=-1).gather(1, tokens[0, 1:, None])[:, 0].tolist())
