@@ -2,7 +2,7 @@
 
 A step has 8 prompts of about 2,000 tokens and 6 titles of up to 100 tokens for each. Measured are this project's own
 loop, without Prefect and MLflow; ART's bare example loop, its own training on the same service (with `--engine art`);
-and vLLM's offline throughput on prompts of the same steps, in a process of its own after the rest has ended.
+and vLLM's offline throughput on prompts of the same steps, in a process of its own while nothing else computes.
 The base model may have random weights (`python -m bench.random_model`): the validator is asked, and its verdict is
 taken for True. Figures are printed as they come; `--out` gets one entry for each engine and model.
 """
@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_measures import Measured, Plain, measured, rates
+from bench.gpu_measures import Measured, Plain, do_parts, measured, rates
 from bench.gpu_watch import GpuWatch
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.resume import stored_state
@@ -109,7 +109,13 @@ def make_request(asked: argparse.Namespace, folder: Path) -> TrainingRequest:
 
 
 async def measure_trl(
-    request: TrainingRequest, found: dict[str, Any], watch: GpuWatch, keep: Callable[[], None], *, steps: int
+    request: TrainingRequest,
+    found: dict[str, Any],
+    watch: GpuWatch,
+    keep: Callable[[], None],
+    *,
+    steps: int,
+    measure_offline: Callable[[], dict[str, Any]],
 ) -> None:
     """Put what is written of TRL into `found`."""
     from tasks.engines.trl_engine.launch import train
@@ -121,11 +127,17 @@ async def measure_trl(
         seen.append(time.time())
         say("ours step", progress.step, rates(progress.metrics))
 
-    await train(request, tracker=Plain(), on_progress=show)
-    found["register_s"] = round(seen[0] - since, 1)
-    found["ours"] = measured(request, watch, since=seen[0], steps=range(1, steps + 1))
-    say("ours", found["ours"].told())
-    keep()
+    async def ours() -> None:
+        await train(request, tracker=Plain(), on_progress=show)
+        found["register_s"] = round(seen[0] - since, 1)
+        found["ours"] = measured(request, watch, since=seen[0], steps=range(1, steps + 1))
+        say("ours", found["ours"].told())
+
+    async def offline() -> None:
+        found["offline"] = await asyncio.to_thread(measure_offline)
+        say("offline", found["offline"])
+
+    await do_parts({"ours": ours, "offline": offline}, found, say, keep)
 
 
 def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[str, Any]:
@@ -135,6 +147,7 @@ def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[st
     """
     from transformers import AutoTokenizer
 
+    from tasks.engines.art_session import graph_sizes
     from tasks.engines.context import context_tokens
     from tasks.engines.resume import adapter_folder
 
@@ -149,6 +162,7 @@ def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[st
         for one in request.train[: OFFLINE_BATCHES * profile.groups_per_step]
     ]
     size = profile.groups_per_step
+    titles = len(ids) * profile.group_size
     asked = {
         "model": request.base_model,
         "adapter": adapter and str(adapter),
@@ -157,6 +171,7 @@ def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[st
             "gpu_memory_utilization": share,
             "max_model_len": context_tokens(request.base_model, profile),
             "generation_config": "vllm",
+            "compilation_config": {"cudagraph_capture_sizes": graph_sizes(titles)},
             **lora,
         },
         "max_tokens": profile.max_completion_tokens,
@@ -227,24 +242,19 @@ def main() -> None:
         )
         found: dict[str, Any] = {"device": device, "failed": {}}
         keep = partial(write, asked, found)
+        alone = partial(offline, request, folder, asked.vllm)
         try:
             if asked.engine == "art":
                 from bench.gpu_art import measure_art
 
                 options = {"steps": asked.steps, "bare_steps": asked.bare_steps, "prove": not asked.no_proof}
-                asyncio.run(measure_art(request, found, watch, say, keep, **options))
+                asyncio.run(measure_art(request, found, watch, say, keep, measure_offline=alone, **options))
             else:
-                asyncio.run(measure_trl(request, found, watch, keep, steps=asked.steps))
+                asyncio.run(measure_trl(request, found, watch, keep, steps=asked.steps, measure_offline=alone))
         except Exception as error:
             found["failed"]["run"] = f"{type(error).__name__}: {error}"
             say("FAILED:", found["failed"]["run"])
-        try:
-            found["offline"] = offline(request, folder, asked.vllm)
-            say("offline", found["offline"])
-        except Exception as error:
-            found["failed"]["offline"] = f"{type(error).__name__}: {error}"
-            say("offline FAILED:", found["failed"]["offline"])
-        keep()
+            keep()
     say("written to", asked.out)
     sys.exit(1 if found["failed"] else 0)
 

@@ -1,11 +1,13 @@
 """Measures ART on one GPU, with one start of trainer and server.
 
-In this order: a packed update against its trajectories one by one; this project's loop, once with a vLLM that sleeps
-while a step trains and once with one that stays awake; and ART's bare loop, its own training on the same service.
+In this order: this project's loop with a vLLM that sleeps while a step trains; vLLM's offline throughput, while the
+server sleeps; the loop with a server that stays awake; ART's bare loop, its own training on the same service; and a
+packed update against its trajectories one by one.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from bench.gpu_measures import Measured, Plain, measured, rates
+from bench.gpu_measures import Measured, Plain, do_parts, measured, rates
 from bench.gpu_watch import GpuWatch
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.resume import stored_state
@@ -36,10 +38,11 @@ async def measure_art(
     steps: int,
     bare_steps: int,
     prove: bool,
+    measure_offline: Callable[[], dict[str, Any]],
 ) -> None:
     """Put what `bench.gpu` writes of ART into `found`, part by part, and call `keep` after each.
 
-    What fails is told there under `failed`, and the next part is tried.
+    `measure_offline` takes vLLM's share of a GPU's memory for itself.
     """
     from tasks.engines.art_loop import train
     from tasks.engines.art_session import open_session
@@ -64,6 +67,14 @@ async def measure_art(
                 found[kind] = measured(request, watch, since=since, steps=range(until - steps + 1, until + 1))
                 say(kind, found[kind].told())
 
+            async def offline() -> None:
+                await service.make_room()
+                try:
+                    found["offline"] = await asyncio.to_thread(measure_offline)
+                finally:
+                    await service.take_room()
+                say("offline", found["offline"])
+
             async def awake() -> None:
                 await service.stay_awake()
                 await ours("awake", 2 * steps)
@@ -77,16 +88,11 @@ async def measure_art(
                 found["bare"] = await _bare(session, request, service, watch, say, bare_steps)
                 say("bare", found["bare"].told())
 
-            parts = {"proof": proof} if prove else {}
-            parts |= {"ours": lambda: ours("ours", steps), "awake": awake}
+            # The bare loop writes checkpoints that this project's loop does not know of: it comes after it.
+            parts = {"ours": lambda: ours("ours", steps), "offline": offline, "awake": awake}
             parts |= {"bare": bare} if bare_steps else {}
-            for name, part in parts.items():
-                try:
-                    await part()
-                except Exception as error:
-                    found["failed"][name] = f"{type(error).__name__}: {error}"
-                    say(name, "FAILED:", found["failed"][name][:1500])
-                keep()
+            parts |= {"proof": proof} if prove else {}
+            await do_parts(parts, found, say, keep)
 
 
 @asynccontextmanager

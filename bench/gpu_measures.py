@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,25 @@ class Plain:
 
     def log_checkpoint(self, step: int, folder: Path, metrics: Mapping[str, float]) -> None:
         """Do nothing."""
+
+
+async def do_parts(
+    parts: Mapping[str, Callable[[], Awaitable[None]]],
+    found: dict[str, Any],
+    say: Callable[..., None],
+    keep: Callable[[], None],
+) -> None:
+    """Measure one part after another and call `keep` after each.
+
+    What fails is told in `found` under `failed`, and the next part is tried.
+    """
+    for name, part in parts.items():
+        try:
+            await part()
+        except Exception as error:
+            found["failed"][name] = f"{type(error).__name__}: {error}"
+            say(name, "FAILED:", found["failed"][name][:1500])
+        keep()
 
 
 @dataclass(frozen=True)

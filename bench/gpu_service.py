@@ -42,10 +42,19 @@ class MeasuredService(TellingService):
         """Let vLLM sleep no more while a step trains."""
         self.sleep = False
 
-    async def compare(self, shared: DiskPackedTensors, alone: DiskPackedTensors) -> dict[str, Any]:
-        """Return the figures of `gpu_proof.compare`, taken while vLLM sleeps or on the trainer's own GPU."""
+    async def make_room(self) -> None:
+        """Let vLLM give its memory back where it shares the trainer's GPU."""
         if not self.is_dedicated:
             await self._sleep_runtime()
+
+    async def take_room(self) -> None:
+        """Let vLLM serve again."""
+        if not self.is_dedicated:
+            await self._wake_runtime()
+
+    async def compare(self, shared: DiskPackedTensors, alone: DiskPackedTensors) -> dict[str, Any]:
+        """Return the figures of `gpu_proof.compare`, taken while vLLM sleeps or on the trainer's own GPU."""
+        await self.make_room()
         self._state.reload_to_gpu()
         try:
             model: Any = self._state.trainer.model
@@ -56,5 +65,4 @@ class MeasuredService(TellingService):
                 self._state.offload_to_cpu()
             gc.collect()
             torch.cuda.empty_cache()
-            if not self.is_dedicated:
-                await self._wake_runtime()
+            await self.take_room()

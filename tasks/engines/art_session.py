@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 BASE_MODEL_NAME = "base"
 # The ranks that vLLM reserves room for; its default is 16.
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+# The batch sizes, in tokens, that vLLM itself captures CUDA graphs of.
+VLLM_GRAPHS = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
 
 class ArtSession:
@@ -282,12 +285,28 @@ def gpu_config(profile: Profile, context_tokens: int, packed: int | None) -> Any
             max_model_len=context_tokens,
             dtype="bfloat16",  # Unsloth's, whatever the files hold
             max_lora_rank=_vllm_rank(profile.lora_rank),
+            # vLLM's own argument for the list is lost on the command line that ART makes: the last size alone counts.
+            compilation_config={  # type: ignore[typeddict-unknown-key]
+                "cudagraph_capture_sizes": graph_sizes(profile.rollout_concurrency)
+            },
         ),
         peft_args=art.dev.PeftArgs(r=profile.lora_rank, lora_alpha=profile.lora_alpha, random_state=profile.seed),
         # ART's default optimiser, paged_adamw_8bit, takes CUDA managed memory; the plain 8-bit one does not.
         trainer_args=art.dev.TrainerArgs(max_grad_norm=profile.max_grad_norm, optim="adamw_8bit"),
         **dedicated,
     )
+
+
+def graph_sizes(at_once: int) -> list[int]:
+    """Return the batch sizes, in tokens, that vLLM captures CUDA graphs of for `at_once` titles in the making.
+
+    Each is captured four times while the server starts. Up to `at_once`, the tokens that one step samples, they are
+    vLLM's own; above, where ends of prompts are read in the same step, each is twice the one before.
+    """
+    sizes = list(VLLM_GRAPHS[: bisect_left(VLLM_GRAPHS, at_once) + 1])
+    while sizes[-1] < VLLM_GRAPHS[-1]:
+        sizes.append(min(2 * sizes[-1], VLLM_GRAPHS[-1]))
+    return sizes
 
 
 def server_config() -> Any:

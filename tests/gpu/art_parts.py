@@ -35,6 +35,8 @@ from tasks.titles.story import Prompt
 Act = Callable[["Sitting", ArtSession], Awaitable[None]]
 STEPS = 4
 STARTED = "started.json"
+SITTING_S = 300.0
+"""Time that a sitting has, vLLM's start included."""
 LEARNING_RATE = 1.5e-2
 """One update moves log-probabilities by some 0.1 nats on average, many times what bfloat16 leaves unsure."""
 
@@ -66,8 +68,9 @@ class Sitting:
             return await map_plainly(rollout, prompts, step)
 
         try:
-            async with open_session(self.asked) as (session, self.state):
+            async with asyncio.timeout(SITTING_S), open_session(self.asked) as (session, self.state):
                 self.seen["opened_s"] = round(time.monotonic() - started, 1)
+                show("ART opened, seconds", self.seen["opened_s"])
                 service = await session.backend._get_service(session.model)
                 self.processes = family(vars(service)["_process"].pid)
                 await train(

@@ -19,7 +19,7 @@ from statistics import mean
 import httpx
 import psutil
 import pytest
-from art_parts import STARTED, STEPS, Act, Sitting, art_request, compare_weights, fill_memory, kill_server
+from art_parts import SITTING_S, STARTED, STEPS, Act, Sitting, art_request, compare_weights, fill_memory, kill_server
 from gpu_parts import needs, pids_on_gpu, rows_of, show, start_vllm_quickly, wait_until_gone
 
 from tasks.engines.art_session import ArtSession
@@ -144,7 +144,7 @@ def test_a_process_killed_outright_leaves_nothing_and_had_continued(second: Ende
             [sys.executable, HERE / "art_parts.py", run_dir, judge_on_gpu],
             stdout=log,
             stderr=log,
-            timeout=300,
+            timeout=SITTING_S,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])},
         )
     assert done.returncode == -9, (run_dir / "third.log").read_text()[-4000:]

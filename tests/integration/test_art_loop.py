@@ -16,9 +16,11 @@ from training_parts import open_tracker, profile, prompts, request, tracking_uri
 from reward_server.client import RewardClient
 from tasks.engines.art_loop import train
 from tasks.engines.art_session import (
+    VLLM_GRAPHS,
     ArtSession,
     check_art_settings,
     gpu_config,
+    graph_sizes,
     open_session,
     server_config,
 )
@@ -223,11 +225,26 @@ def test_what_art_is_told_on_a_gpu(name: str) -> None:
         "max_model_len": 8448,
         "dtype": "bfloat16",
         "max_lora_rank": 16,
+        "compilation_config": {"cudagraph_capture_sizes": graph_sizes(own.rollout_concurrency)},
     }
     assert config["peft_args"] == {"r": 8, "lora_alpha": 8, "random_state": 1}
     assert config["trainer_args"] == {"max_grad_norm": 0.1, "optim": "adamw_8bit"}
     assert server_config()["server_args"]["served_model_name"] == "base"
     assert "trainer_gpu_ids" not in config
+
+
+@pytest.mark.parametrize(
+    ("at_once", "sizes"),
+    [
+        (1, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]),
+        (20, [1, 2, 4, 8, 16, 24, 48, 96, 192, 384, 512]),
+        (64, [1, 2, 4, *range(8, 65, 8), 128, 256, 512]),
+        (500, list(VLLM_GRAPHS)),
+        (2000, list(VLLM_GRAPHS)),
+    ],
+)
+def test_the_batches_that_vllm_captures_graphs_of(at_once: int, sizes: list[int]) -> None:
+    assert graph_sizes(at_once) == sizes
 
 
 def test_a_rank_that_vllm_cannot_serve_is_refused() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.gpu import write
-from bench.gpu_measures import Measured, rates
+from bench.gpu_measures import Measured, do_parts, rates
 from bench.gpu_watch import GpuWatch
 
 KEYS = [
@@ -54,6 +56,30 @@ def test_an_entry_of_a_run_that_broke_off_says_so(tmp_path: Path) -> None:
     write(options("art", out), {"device": "H", "failed": {"bare": "RuntimeError: gone"}})
     (entry,) = json.loads(out.read_text())
     assert entry["steps_per_hour"] is None and entry["failed"] == {"bare": "RuntimeError: gone"}
+
+
+async def test_a_part_that_fails_is_told_and_the_next_is_measured() -> None:
+    found: dict[str, Any] = {"failed": {}}
+    said: list[tuple[object, ...]] = []
+    kept: list[dict[str, Any]] = []
+
+    async def offline() -> None:
+        raise RuntimeError("no memory")
+
+    async def bare() -> None:
+        found["bare"] = 78.5
+
+    await do_parts(
+        {"offline": offline, "bare": bare},
+        found,
+        lambda *words: said.append(words),
+        lambda: kept.append(deepcopy(found)),
+    )
+    assert said == [("offline", "FAILED:", "RuntimeError: no memory")]
+    assert kept == [
+        {"failed": {"offline": "RuntimeError: no memory"}},
+        {"failed": {"offline": "RuntimeError: no memory"}, "bare": 78.5},
+    ]
 
 
 def test_what_is_shown_of_a_step() -> None:
