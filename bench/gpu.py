@@ -1,8 +1,9 @@
 """How fast a training is on this machine's GPU: `python -m bench.gpu --engine art|trl --base-model FOLDER`.
 
 A step has 8 prompts of about 2,000 tokens and 6 titles of up to 100 tokens for each. Measured are this project's own
-loop, without Prefect and MLflow; ART's bare example loop, its own training on the same service (with `--engine art`);
-and vLLM's offline throughput on prompts of the same steps, in a process of its own while nothing else computes.
+loop, without Prefect and MLflow; the engine alone (ART's bare example loop, its own training on the same service, or a
+bare `GRPOTrainer`); and vLLM's offline throughput on prompts of the same steps, in a process of its own while nothing
+else computes.
 The base model may have random weights (`python -m bench.random_model`): the validator is asked, and its verdict is
 taken for True. Figures are printed as they come; `--out` gets one entry for each engine and model.
 """
@@ -19,12 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.gpu_measures import Measured, Plain, do_parts, measured, rates
+from bench.gpu_measures import Measured
 from bench.gpu_watch import GpuWatch
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.resume import stored_state
@@ -58,8 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stories", required=True, help="a .parquet or .jsonl file, or a hub data set's name")
     parser.add_argument("--reward-url", required=True, help="a reward server")
     parser.add_argument("--steps", type=int, default=8, help="of this project's loop; the first two are not counted")
-    parser.add_argument("--bare-steps", type=int, default=2, help="of ART's bare loop, after a first one; 0: none")
+    parser.add_argument("--bare-steps", type=int, default=2, help="of the engine alone, after its first ones; 0: none")
     parser.add_argument("--no-proof", action="store_true", help="do not compare a packed update with single passes")
+    parser.add_argument("--no-offline", action="store_true", help="do not measure vLLM alone")
     parser.add_argument("--vllm", help="the command of a Python that has vLLM; unset: this one")
     parser.add_argument("--folder", type=Path, help="an empty one to work in and leave; unset: a temporary one")
     parser.add_argument("--out", type=Path, default=Path("bench/gpu.json"))
@@ -106,38 +107,6 @@ def make_request(asked: argparse.Namespace, folder: Path) -> TrainingRequest:
         val=prompts.val,
         reward_model_url=asked.reward_url,
     )
-
-
-async def measure_trl(
-    request: TrainingRequest,
-    found: dict[str, Any],
-    watch: GpuWatch,
-    keep: Callable[[], None],
-    *,
-    steps: int,
-    measure_offline: Callable[[], dict[str, Any]],
-) -> None:
-    """Put what is written of TRL into `found`."""
-    from tasks.engines.trl_engine.launch import train
-
-    since = time.time()
-    seen: list[float] = []
-
-    def show(progress: Any) -> None:
-        seen.append(time.time())
-        say("ours step", progress.step, rates(progress.metrics))
-
-    async def ours() -> None:
-        await train(request, tracker=Plain(), on_progress=show)
-        found["register_s"] = round(seen[0] - since, 1)
-        found["ours"] = measured(request, watch, since=seen[0], steps=range(1, steps + 1))
-        say("ours", found["ours"].told())
-
-    async def offline() -> None:
-        found["offline"] = await asyncio.to_thread(measure_offline)
-        say("offline", found["offline"])
-
-    await do_parts({"ours": ours, "offline": offline}, found, say, keep)
 
 
 def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[str, Any]:
@@ -197,20 +166,20 @@ def entry(asked: argparse.Namespace, found: dict[str, Any], previous: list[dict[
     ours: Measured | None = found.get("ours")
     bare: Measured | None = found.get("bare")
     model = asked.name or Path(asked.base_model).name
-    # The bare loop is ART's; TRL's own is what this project's engine runs.
-    of_art = next((one for one in previous if one["engine"] == "art" and one["model"] == model), None)
+    of_art = next((one for one in previous if (one["engine"], one["model"]) == ("art", model)), None)
     rate = found.get("offline", {}).get("tokens_per_s")
     return {
         "engine": asked.engine,
         "model": model,
         "device": found["device"],
         "steps_per_hour": ours and ours.steps_per_hour,
-        "bare_steps_per_hour": bare.steps_per_hour if bare else of_art and of_art["bare_steps_per_hour"],
+        "bare_steps_per_hour": bare and bare.steps_per_hour,
         "rollout_tokens_per_s": ours and ours.rollout_tokens_per_s,
         "vllm_offline_tokens_per_s": rate and sorted(rate)[len(rate) // 2],
         "train_tokens_per_s": ours and ours.train_tokens_per_s,
         "gpu_busy": ours and ours.gpu_busy,
         "peak_memory_gb": ours and ours.peak_memory_gb,
+        **({"art_bare_steps_per_hour": of_art["bare_steps_per_hour"]} if of_art and asked.engine == "trl" else {}),
         **{key: value.told() if isinstance(value, Measured) else value for key, value in found.items()},
     }
 
@@ -242,7 +211,7 @@ def main() -> None:
         )
         found: dict[str, Any] = {"device": device, "failed": {}}
         keep = partial(write, asked, found)
-        alone = partial(offline, request, folder, asked.vllm)
+        alone = dict if asked.no_offline else partial(offline, request, folder, asked.vllm)
         try:
             if asked.engine == "art":
                 from bench.gpu_art import measure_art
@@ -250,7 +219,10 @@ def main() -> None:
                 options = {"steps": asked.steps, "bare_steps": asked.bare_steps, "prove": not asked.no_proof}
                 asyncio.run(measure_art(request, found, watch, say, keep, measure_offline=alone, **options))
             else:
-                asyncio.run(measure_trl(request, found, watch, keep, steps=asked.steps, measure_offline=alone))
+                from bench.gpu_trl import measure_trl
+
+                options = {"steps": asked.steps, "bare_steps": asked.bare_steps}
+                asyncio.run(measure_trl(request, found, watch, say, keep, measure_offline=alone, **options))
         except Exception as error:
             found["failed"]["run"] = f"{type(error).__name__}: {error}"
             say("FAILED:", found["failed"]["run"])

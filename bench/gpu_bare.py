@@ -8,23 +8,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import art
 import httpx
 
+from bench.gpu_measures import BareStep
 from tasks.titles.prompts import validator_messages
 from tasks.titles.story import Prompt
-
-
-@dataclass(frozen=True)
-class BareStep:
-    """What a step took, in seconds, and how many tokens were sampled for it."""
-
-    rollout_s: float
-    train_s: float
-    tokens: int
 
 
 class BareLoop:

@@ -7,15 +7,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.gpu_watch import GpuWatch
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.resume import journal_of
 from tasks.titles import metric_names as names
-
-if TYPE_CHECKING:
-    from bench.gpu_bare import BareStep
 
 SPLIT = (names.TIME_ROLLOUT, names.TIME_JUDGE, names.TIME_TRAIN, *names.GPU_TRAINING_TIMES, names.TIME_STEP)
 WARM_UP = 2
@@ -57,6 +54,15 @@ async def do_parts(
 
 
 @dataclass(frozen=True)
+class BareStep:
+    """What a step of a bare loop took, in seconds, and how many tokens were sampled for it."""
+
+    rollout_s: float
+    train_s: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Measured:
     """The figures of some steps, medians over them where nothing else is said."""
 
@@ -80,7 +86,14 @@ class Measured:
         return asdict(self)
 
     @classmethod
-    def of_bare(cls, request: TrainingRequest, steps: Sequence[BareStep], watch: GpuWatch, since: float) -> Measured:
+    def of_bare(
+        cls,
+        request: TrainingRequest,
+        steps: Sequence[BareStep],
+        watch: GpuWatch,
+        since: float,
+        until: float | None = None,
+    ) -> Measured:
         """Return the figures of a bare loop's steps, which knows no more than when titles were judged."""
         titles = request.profile.groups_per_step * request.profile.group_size
         rows = [
@@ -94,14 +107,19 @@ class Measured:
             }
             for step in steps
         ]
-        return _measured(request, rows, watch, since)
+        return _measured(request, rows, watch, since, until)
 
 
-def measured(request: TrainingRequest, watch: GpuWatch, *, since: float, steps: range) -> Measured:
-    """Return the figures of these steps of a run, the first ones left out; `since` is when they began."""
+def measured(
+    request: TrainingRequest, watch: GpuWatch, *, since: float, steps: range, until: float | None = None
+) -> Measured:
+    """Return the figures of these steps of a run, the first ones left out.
+
+    `since` is when they began, `until` when they ended; None: just now.
+    """
     journal = journal_of(request.run_dir).rows()
     rows = [journal[step] for step in steps[WARM_UP:] if step in journal]
-    return _measured(request, rows, watch, since)
+    return _measured(request, rows, watch, since, until)
 
 
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -110,9 +128,15 @@ def rates(metrics: Mapping[str, float]) -> dict[str, float]:
     return {name.split("/", 1)[1]: round(metrics[name], 3) for name in shown if name in metrics}
 
 
-def _measured(request: TrainingRequest, rows: Sequence[Mapping[str, float]], watch: GpuWatch, since: float) -> Measured:
+def _measured(
+    request: TrainingRequest,
+    rows: Sequence[Mapping[str, float]],
+    watch: GpuWatch,
+    since: float,
+    until: float | None,
+) -> Measured:
     prompt = statistics.mean(prompt.tokens for prompt in request.train)
-    now = time.time()
+    ended = until or time.time()
 
     def median(figure: Any) -> float:
         return round(statistics.median(figure(row) for row in rows), 2)
@@ -128,8 +152,8 @@ def _measured(request: TrainingRequest, rows: Sequence[Mapping[str, float]], wat
             lambda row: (prompt * row[names.TRAIN_TRAJECTORIES] + row[names.TRAIN_TOKENS]) / row[names.TIME_TRAIN]
         ),
         sampled_train_tokens_per_s=median(lambda row: row[names.TRAIN_TOKENS] / row[names.TIME_TRAIN]),
-        gpu_busy=watch.busy(since, now),
-        peak_memory_gb=watch.peak_gb(since, now),
+        gpu_busy=watch.busy(since, ended),
+        peak_memory_gb=watch.peak_gb(since, ended),
         split={
             name.split("/", 1)[1]: round(statistics.median(row[name] for row in rows), 3)
             for name in SPLIT

@@ -20,6 +20,7 @@ from tasks.engines.cpu.cores import Cores
 from tasks.engines.cpu.sampler import prompt_logprobs
 from tasks.engines.cpu.service import CpuService
 from tasks.engines.cpu.settings import CpuSettings
+from tasks.engines.trl_engine import sampler as sampler_module
 from tasks.engines.trl_engine.sampler import CpuGeneration, Titles, install, watch
 from tasks.starter.paths import BASE_MODEL
 from tasks.titles.cursor import sampling_seed
@@ -154,21 +155,50 @@ class Stale(CpuGeneration):
 
 
 class Sleeping(CpuGeneration):
-    """Treats its weights as vLLM does in sleep mode: it throws them away after each title and asks for them again."""
+    """Treats its weights as TRL treats vLLM's in sleep mode: thrown away after the titles, synced when they lack."""
 
+    enable_sleep_mode = True
     _llm_weights_sleeping = True
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.llm = Sleeper()
+        self.synced: list[int] = []
+        """How many titles were asked for after each sync."""
+
     def sync_weights(self) -> None:
+        self.llm.wake_up(tags=["weights"])
         super().sync_weights()
         self._llm_weights_sleeping = False
+        self.synced.append(0)
 
     def generate(self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any = None) -> Titles:
-        if self._llm_weights_sleeping:
+        if self.enable_sleep_mode and self._llm_weights_sleeping:
             self.sync_weights()
+        if self.enable_sleep_mode:
+            self.llm.wake_up(tags=["kv_cache"])
+        assert not self.llm.asleep, "vLLM cannot write while a part of it sleeps"
         answer = super().generate(prompts, images, num_generations, profiler)
-        del self._decoder
-        self._llm_weights_sleeping = True
+        self.synced[-1] += len(prompts)
+        if self.enable_sleep_mode:
+            del self._decoder
+            self._llm_weights_sleeping = True
+            self.llm.asleep = {"weights", "kv_cache"}
         return answer
+
+
+class Sleeper:
+    """What `vllm.LLM` says and does about its sleep."""
+
+    def __init__(self) -> None:
+        self.asleep = {"weights", "kv_cache"}
+        self.llm_engine = self
+
+    def is_sleeping(self) -> bool:
+        return bool(self.asleep)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.asleep.difference_update(tags)
 
 
 @pytest.mark.parametrize("kind", [CpuGeneration, Sleeping])
@@ -184,6 +214,25 @@ def test_the_canary_is_quiet_while_the_weights_are_the_trainer_s(make: Maker, ki
     # Between two steps, as a validation asks: a sampler that sleeps takes its weights once more.
     before = trainer.vllm_generation.generate(GROUPS, None, GROUP)
     assert trainer.vllm_generation.generate(GROUPS, None, GROUP) == before
+
+
+def test_a_sync_serves_the_canary_and_the_titles_after_it(make: Maker) -> None:
+    trainer = make(Sleeping)
+    watch(trainer, 1e-3)
+    trainer.train()
+    sampler: Any = trainer.vllm_generation
+    assert sampler.synced == [1 + len(GROUPS)] * STEPS
+    assert sampler.enable_sleep_mode and sampler.max_completion_length == TOKENS
+
+
+def test_the_canary_writes_no_long_title(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler_module, "CANARY_TOKENS", 2)
+    trainer = make(Recording)
+    watch(trainer, 1e-3)
+    trainer.train()
+    sampler: Any = trainer.vllm_generation
+    assert [max(map(len, answer[1])) for number, answer in sampler.answers if number == 1] == [2] * STEPS
+    assert max(len(title) for number, answer in sampler.answers if number > 1 for title in answer[1]) > 2
 
 
 def test_the_canary_stops_a_training_whose_sampler_has_old_weights(make: Maker) -> None:

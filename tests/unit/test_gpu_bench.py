@@ -41,13 +41,13 @@ def test_an_entry_has_the_keys_of_every_entry_and_takes_the_place_of_an_older_on
     out = tmp_path / "gpu.json"
     found = {"device": "H", "failed": {}, "ours": figures(1000.0), "bare": figures(100.0)}
     write(options("art", out), found)
-    write(options("trl", out), {"device": "H", "failed": {}, "ours": figures(2000.0)})
+    write(options("trl", out), {"device": "H", "failed": {}, "ours": figures(2000.0), "bare": figures(1900.0)})
     write(options("art", out), found | {"offline": {"tokens_per_s": [3.0, 1.0, 2.0]}})
     trl, art = json.loads(out.read_text())
     assert list(art)[: len(KEYS)] == list(trl)[: len(KEYS)] == KEYS
     assert (art["engine"], art["steps_per_hour"], art["vllm_offline_tokens_per_s"]) == ("art", 1000.0, 2.0)
-    # TRL has no bare loop of its own: it is held against ART's.
-    assert (trl["engine"], trl["bare_steps_per_hour"], trl["vllm_offline_tokens_per_s"]) == ("trl", 100.0, None)
+    assert (trl["engine"], trl["bare_steps_per_hour"], trl["vllm_offline_tokens_per_s"]) == ("trl", 1900.0, None)
+    assert trl["art_bare_steps_per_hour"] == 100.0
     assert art["ours"]["split"] == {"train_s": 2.0}
 
 

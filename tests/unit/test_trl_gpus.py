@@ -69,6 +69,7 @@ def test_the_server_is_started_as_trl_starts_it() -> None:
     assert json.loads(own["--weight-transfer-config"]) == {"backend": "nccl"}
     assert (own["--host"], own["--port"], own["--tensor-parallel-size"]) == ("127.0.0.1", "4321", "2")
     assert (own["--gpu-memory-utilization"], own["--max-model-len"]) == ("0.8", "8192")
+    assert own["--max-num-seqs"] == str(profile.groups_per_step * profile.group_size)
 
 
 @pytest.mark.parametrize(

@@ -39,5 +39,13 @@ def merged_weights(model: PeftModel) -> Iterator[tuple[str, torch.Tensor]]:
 
 def push_merged_weights(trainer: GRPOTrainer) -> None:
     """Make `trainer` hand `merged_weights` to vLLM at every sync."""
-    parts = cast(Any, trainer)
-    parts.vllm_generation._iter_named_params = lambda: merged_weights(parts.vllm_generation.model)
+    generation = cast(Any, trainer).vllm_generation
+
+    def load() -> Iterator[tuple[str, torch.Tensor]]:
+        # TRL would load them one by one, and vLLM looks up the names of all of its weights at each call.
+        vllm = generation.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        vllm.load_weights(merged_weights(generation.model))
+        return iter(())
+
+    colocated = generation.mode == "colocate"
+    generation._iter_named_params = load if colocated else lambda: merged_weights(generation.model)

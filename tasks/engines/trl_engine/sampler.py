@@ -9,8 +9,8 @@ same titles from the same weights and seeds.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +38,10 @@ Titles = tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[l
 """Token ids of prompts and of completions, and per completion token a list of log-probabilities in nats and one of the
 tokens that they are of: here always the sampled one alone."""
 
+CANARY_TOKENS = 32
+"""Of the canary's title, at most: more than nearly all titles have. A policy that does not end its titles yet would
+write on and on."""
+
 
 class CpuGeneration:
     """Samples with weights of its own; does what `GRPOTrainer` asks of TRL's `VLLMGeneration`.
@@ -63,7 +67,7 @@ class CpuGeneration:
         self._base = {key: value for key, value in state.items() if ".lora_" not in key}
         self._decoder = Decoder(decoder_weights(self._base, base.config))
         self._stop = frozenset(end_of_turn(base.generation_config))
-        self._max_tokens = max_tokens
+        self.max_completion_length = max_tokens
         self._seed_of = seed_of
         self._cores = cores
         self._process_index = process_index
@@ -102,14 +106,14 @@ class CpuGeneration:
         Raises `ConfigError` for a prompt that leaves no room for a title.
         """
         longest = max(map(len, prompts), default=0)
-        if longest + self._max_tokens > self._decoder.context:
+        if longest + self.max_completion_length > self._decoder.context:
             raise ConfigError(
                 f"The model reads {self._decoder.context} tokens, but a prompt of {longest} and a title of up to "
-                f"{self._max_tokens} were asked for. Lower max_prompt_tokens or max_completion_tokens."
+                f"{self.max_completion_length} were asked for. Lower max_prompt_tokens or max_completion_tokens."
             )
         # The seed is paired as the CPU service's server does it for a request of one completion.
         requests = [
-            Generation(tuple(prompt), self._max_tokens, (seed, 0), stop=self._stop)
+            Generation(tuple(prompt), self.max_completion_length, (seed, 0), stop=self._stop)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return generate(self._decoder, requests, self._cores)
@@ -164,14 +168,44 @@ def watch(trainer: GRPOTrainer, tolerance: float) -> Canary:
     canary = Canary(trainer, tolerance)
     generation = cast(Any, trainer).vllm_generation
     sync = generation.sync_weights
+    if hasattr(generation, "llm"):  # vLLM in this process
+        _wake_up_only_sleepers(generation.llm)
 
     def sync_and_check() -> None:
         sync()
-        canary.check()
-        # With vLLM's sleep mode every `generate`, the canary's too, ends by throwing the weights away, and one
-        # that finds none calls for this sync and expects to have them after it.
-        if getattr(generation, "_llm_weights_sleeping", False):
-            sync()
+        with _short_and_awake(generation):
+            canary.check()
 
     generation.sync_weights = sync_and_check
     return canary
+
+
+@contextmanager
+def _short_and_awake(generation: Any) -> Iterator[None]:
+    """Let `generation` write no more than `CANARY_TOKENS` tokens, and vLLM not fall asleep behind them.
+
+    In sleep mode TRL ends every `generate` by throwing vLLM's weights away: the rollouts after a canary would have
+    to wait for the same weights a second time.
+    """
+    longest, sleeps = generation.max_completion_length, getattr(generation, "enable_sleep_mode", False)
+    generation.max_completion_length = min(longest, CANARY_TOKENS)
+    if sleeps:
+        generation.llm.wake_up(tags=["kv_cache"])
+        generation.enable_sleep_mode = False
+    try:
+        yield
+    finally:
+        generation.max_completion_length = longest
+        if sleeps:
+            generation.enable_sleep_mode = True
+
+
+def _wake_up_only_sleepers(llm: Any) -> None:
+    """Have TRL's calls to a vLLM that is awake already do nothing, which vLLM would warn of each time."""
+    wake_up = llm.wake_up
+
+    def wake_up_if_asleep(tags: list[str] | None = None) -> None:
+        if llm.llm_engine.is_sleeping():
+            wake_up(tags=tags)
+
+    llm.wake_up = wake_up_if_asleep

@@ -71,6 +71,8 @@ def server_command(profile: Profile, base_model: str, port: int, python: Path | 
         "tensor-parallel-size": len(profile.trl.server_gpus),
         "gpu-memory-utilization": profile.trl.vllm_memory_share,
         "max-model-len": profile.max_prompt_tokens + profile.max_completion_tokens,
+        # TRL's own vLLM captures graphs for no more than a step's titles, too; by default it would be for hundreds.
+        "max-num-seqs": profile.groups_per_step * profile.group_size,
         "dtype": "bfloat16",  # the trainer's
         "uvicorn-log-level": "warning",
         "weight-transfer-config": json.dumps({"backend": "nccl"}),
