@@ -166,7 +166,8 @@ def entry(asked: argparse.Namespace, found: dict[str, Any], previous: list[dict[
     ours: Measured | None = found.get("ours")
     bare: Measured | None = found.get("bare")
     model = asked.name or Path(asked.base_model).name
-    of_art = next((one for one in previous if (one["engine"], one["model"]) == ("art", model)), None)
+    art_here = ("art", model, found["device"])
+    of_art = next((one for one in previous if (one["engine"], one["model"], one["device"]) == art_here), None)
     rate = found.get("offline", {}).get("tokens_per_s")
     return {
         "engine": asked.engine,
@@ -185,11 +186,11 @@ def entry(asked: argparse.Namespace, found: dict[str, Any], previous: list[dict[
 
 
 def write(asked: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Put the entry into the file, in the place of an older one of this engine and model."""
+    """Put the entry into the file, in the place of an older one of this engine, model and device."""
     entries: list[dict[str, Any]] = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else []
     own = entry(asked, found, entries)
-    entries = [one for one in entries if (one["engine"], one["model"]) != (own["engine"], own["model"])]
-    asked.out.write_text(json.dumps([*entries, own], indent=2) + "\n", encoding="utf-8")
+    kept = [one for one in entries if any(one[key] != own[key] for key in ("engine", "model", "device"))]
+    asked.out.write_text(json.dumps([*kept, own], indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
