@@ -2,7 +2,8 @@
 
 The same arguments of TRL, model, adapter, optimiser, prompts and judges as this project's loop, and nothing else: no
 checkpoints, no checks, no canary. OUT gets a line for each step: `at` (time.time() at its end), `rollout_s` (until
-its titles are judged), `train_s` and `tokens` (sampled).
+its titles are judged; TRL reads them once more before, for the trainer's own log-probabilities), `train_s` and
+`tokens` (sampled).
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def wait_until_gone(processes: set[psutil.Process], others_on_gpu: set[int], pat
 class Hog:
     """Another user of the GPU, who takes all memory that there is and all that becomes free, until told to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, since: Path | None = None) -> None:
+        """Begin at once, or as soon as the file `since` is there."""
+        self._since = since
         self._taken: list[torch.Tensor] = []
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._take, daemon=True)
@@ -127,6 +129,9 @@ class Hog:
 
     def _take(self) -> None:
         while not self._stopped.is_set():
+            if self._since is not None and not self._since.exists():
+                self._stopped.wait(0.005)
+                continue
             free, _ = torch.cuda.mem_get_info()
             try:
                 if free > LEFT_FREE:

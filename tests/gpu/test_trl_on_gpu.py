@@ -7,7 +7,6 @@ shows the figures.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +14,18 @@ from pathlib import Path
 
 import pytest
 from gpu_parts import Hog, PlainTracker, needs, pids_on_gpu, request, rows_of, show, wait_until_gone
+from trl_full_update import BEGINS
 
-from tasks.engines.contract import Progress, TrainingRequest
+from tasks.engines.contract import TrainingRequest
 from tasks.engines.gpu.failures import family
 from tasks.engines.resume import adapter_folder, stored_state
-from tasks.engines.trl_engine import launch
+from tasks.engines.trl_engine import arguments, launch
 from tasks.titles import metric_names as names
 from tasks.titles.errors import OutOfMemory
 
 pytestmark = needs("trl", "vllm")
+HERE = Path(__file__).parent
 STEPS = 2
-# One pass over all titles of a step, so that the update needs memory which sampling and validating did not.
 SETTINGS = (f"max_steps={STEPS}", "groups_per_step=16", "group_size=8", "trl.micro_batch=128")
 
 
@@ -45,13 +45,11 @@ def failed(tmp_path_factory: pytest.TempPathFactory, judge_on_gpu: str) -> Itera
     run_dir.mkdir()
     asked = request("trl", run_dir, judge_on_gpu, *SETTINGS)
     before, own = pids_on_gpu(), family(os.getpid())
-    with contextlib.ExitStack() as hog:
-
-        def take_memory(progress: Progress) -> None:
-            hog.enter_context(Hog())
-
-        with pytest.raises(Exception) as told:
-            asyncio.run(launch.train(asked, tracker=PlainTracker(), on_progress=take_memory))
+    # vLLM falls asleep before: somebody who takes what it frees would end the run already there.
+    with pytest.MonkeyPatch.context() as patch, Hog(since=run_dir / BEGINS), pytest.raises(Exception) as told:
+        patch.setattr(arguments, "PROCESS", "trl_full_update")
+        patch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
+        asyncio.run(launch.train(asked, tracker=PlainTracker()))
     state = stored_state(run_dir, "trl")
     show("TRL without memory", {"ended": repr(told.value)[:2000]})
     left = wait_until_gone(family(os.getpid()) - own, before, 2.0)
@@ -59,6 +57,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory, judge_on_gpu: str) -> Itera
 
 
 def test_full_memory_in_the_update_stops_the_run_with_its_reason(failed: Failed) -> None:
+    assert (failed.asked.run_dir / BEGINS).exists(), failed.ended
     assert isinstance(failed.ended, OutOfMemory), failed.ended
     assert "The GPU's memory is full" in str(failed.ended)
     assert failed.left == []

@@ -94,7 +94,7 @@ async def test_full_memory_and_a_lost_trainer_are_told_and_nothing_stays(tmp_pat
 
 async def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_DOUBLE_FULL", "1")
-    with pytest.raises(EngineDied) as told:
+    with pytest.raises(OutOfMemory, match="The GPU's memory is full") as told:
         await service(tmp_path).start_openai_server({"server_args": {"port": 1}})
     # Its own reason, though it stands far before the end of the log.
     assert FULL in str(told.value) and "in a long traceback" in str(told.value)

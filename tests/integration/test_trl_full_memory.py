@@ -19,6 +19,7 @@ from tasks.titles.errors import OutOfMemory, RunStopped
     ("raised", "told"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OutOfMemory),
+        (AssertionError("Memory usage increased after sleeping."), OutOfMemory),
         (RuntimeError("an illegal memory access"), None),
     ],
 )
@@ -42,4 +43,18 @@ def test_the_trainer_tells_of_full_memory_and_of_no_other_fault(
         return
     assert process.main(str(path), "run") == told.exit_code
     failure = launch._failure(told.exit_code, folder / launch.FAILURE, "")
-    assert type(failure) is told and "Tried to allocate" in str(failure)
+    assert type(failure) is told and str(raised) in str(failure)
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("[rank0]: AssertionError: Memory usage increased after sleeping.", OutOfMemory),
+        ("[rank0]: AssertionError", RunStopped),
+    ],
+)
+def test_a_process_that_left_no_reason_is_told_by_its_log(tmp_path: Path, last: str, told: type[RunStopped]) -> None:
+    failure = launch._failure(1, tmp_path / launch.FAILURE, f"\nThe end of trainer.log:\n{last}")
+    assert type(failure) is told
+    assert "TRL's trainer ended with exit code 1" in str(failure) and str(failure).endswith(last)
+    assert "same command continues from the last checkpoint" in str(failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import pytest
+import torch
 from cpu_parts import load_tokenizer, load_with_adapter, plain_logprobs, write_adapter
 from openai import AsyncOpenAI
 from trl import GRPOTrainer
@@ -22,6 +24,7 @@ from tasks.engines.cpu.service import CpuService
 from tasks.engines.cpu.settings import CpuSettings
 from tasks.engines.trl_engine import sampler as sampler_module
 from tasks.engines.trl_engine.sampler import CpuGeneration, Titles, install, watch
+from tasks.engines.trl_engine.sampler_correction import LEFT_OUT, correct_in_the_update
 from tasks.starter.paths import BASE_MODEL
 from tasks.titles.cursor import sampling_seed
 from tasks.titles.errors import ConfigError, SamplerDisagrees
@@ -66,17 +69,20 @@ Maker = Callable[..., GRPOTrainer]
 def make(folders: list[Path], tmp_path: Path, cores: Cores) -> Maker:
     """Return a function that makes a trainer with an untrained adapter and a sampler of some kind."""
 
-    def make(kind: type[CpuGeneration] = CpuGeneration) -> GRPOTrainer:
+    def make(kind: type[CpuGeneration] = CpuGeneration, **options: Any) -> GRPOTrainer:
+        arguments = {
+            "max_steps": STEPS,
+            "per_device_train_batch_size": len(GROUPS),
+            "num_generations": GROUP,
+            "max_completion_length": TOKENS,
+            "learning_rate": LEARNING_RATE,
+        }
         trainer = grpo_trainer(
             load_with_adapter(folders[0]),
             tmp_path,
             reward,
             [policy_messages(body) for _ in range(STEPS) for body in BODIES],
-            max_steps=STEPS,
-            per_device_train_batch_size=len(GROUPS),
-            num_generations=GROUP,
-            max_completion_length=TOKENS,
-            learning_rate=LEARNING_RATE,
+            **{**arguments, **options},
         )
         install(trainer, kind(trainer.model, max_tokens=TOKENS, seed_of=seed_of, cores=cores))  # type: ignore[arg-type]
         return trainer
@@ -145,6 +151,49 @@ def test_trl_trains_on_the_decoder_s_titles_with_new_weights_at_every_step(make:
         assert sampled == pytest.approx(trained, abs=1e-4)
     for (before, _), (after, _) in zip(sampler.syncs, sampler.syncs[1:], strict=False):
         assert max(abs(one - other) for one, other in zip(before, after, strict=True)) > 0.01
+
+
+class Unsure(CpuGeneration):
+    """Tells log-probabilities that are off, by different amounts, and for one token of each title none."""
+
+    def generate(self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any = None) -> Titles:
+        prompts, titles, logprobs, tokens = super().generate(prompts, images, num_generations, profiler)
+        for number, title in enumerate(logprobs):
+            title[0][0] += -2.5 + number
+            if len(title) > 1:
+                title[1][0] = math.nan
+        return prompts, titles, logprobs, tokens
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "cispo"])
+def test_the_correction_in_the_update_is_trl_s(make: Maker, loss: str) -> None:
+    options = {
+        "loss_type": loss,
+        "per_device_train_batch_size": GROUP,
+        "gradient_accumulation_steps": len(BODIES),
+        "scale_rewards": "group",
+    }
+    theirs, ours = make(Unsure, **options), make(Unsure, **options)
+    correct_in_the_update(ours)
+    reads = []
+    for trainer in (theirs, ours):
+        read: list[torch.Size] = []
+        trainer.model.register_forward_pre_hook(
+            lambda _, args, kwargs, read=read: read.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+        torch.manual_seed(3)
+        trainer.train()
+        reads.append(read)
+    assert len(reads[1]) == len(reads[0]) / 2 == STEPS * len(BODIES)
+    for one, other in zip(theirs.state.log_history[:STEPS], ours.state.log_history[:STEPS], strict=True):
+        assert one["sampling/importance_sampling_ratio/min"] == 0 < one["sampling/importance_sampling_ratio/max"] < 3
+        assert 0 < other[LEFT_OUT] < 1
+        for name in ("loss", "grad_norm", "entropy"):
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5)
+    expected = dict(theirs.model.named_parameters())
+    for name, weight in ours.model.named_parameters():
+        if weight.requires_grad:
+            torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4)
 
 
 class Stale(CpuGeneration):

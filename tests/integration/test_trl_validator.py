@@ -17,6 +17,7 @@ from training_parts import request
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tasks.engines.art_session import BASE_MODEL_NAME, open_session
+from tasks.engines.trl_engine import validator
 from tasks.engines.trl_engine.validator import LocalValidator, Verdict, verdict_tokens
 from tasks.starter.paths import BASE_MODEL
 from tasks.starter.tokenizer import CHAT_TEMPLATE
@@ -91,8 +92,7 @@ def test_padding_changes_no_verdict(
     hook = base.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    validator = LocalValidator(base, load_tokenizer(), tokens_per_pass=tokens_per_pass)
-    verdicts = validator.judge(pairs)
+    verdicts = LocalValidator(base, load_tokenizer(), tokens_per_pass=tokens_per_pass).judge(pairs)
     hook.remove()
 
     true, false = verdict_tokens(load_tokenizer())
@@ -108,9 +108,44 @@ def test_padding_changes_no_verdict(
             assert verdict.neither == pytest.approx(1 - single[true] - single[false], abs=1e-4)
     assert {verdict.supported for verdict in verdicts if isinstance(verdict, Verdict)} == {True, False}
 
-    assert sum(rows for rows, _ in shapes) == len(pairs)
     assert passes is None or len(shapes) == passes
     assert all(rows * longest <= tokens_per_pass or rows == 1 for rows, longest in shapes)
+
+
+def several_titles(rng: random.Random, most: int) -> list[Pair]:
+    """Return up to `most` titles for each of some random bodies, all of them mixed up."""
+    pairs = []
+    for story in rng.sample(STORIES, 6):
+        words = [rng.choice(rng.choice(STORIES).scraped_body.split()) for _ in range(rng.randrange(4, 150))]
+        body = " ".join(words)
+        titles = [other.title for other in rng.sample(STORIES, most)] + [*ODD_TEXTS, words[0], ""]
+        titles = rng.sample(titles, rng.randint(1, most))
+        pairs += [(replace(story, scraped_body=body), title) for title in (*titles, titles[0])]
+    rng.shuffle(pairs)
+    return pairs
+
+
+@pytest.mark.parametrize(("seed", "most", "tokens_per_pass"), [(1, 6, 65_536), (2, 6, 900), (3, 30, 65_536)])
+def test_titles_of_one_body_read_it_once(
+    base: PreTrainedModel, seed: int, most: int, tokens_per_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = several_titles(random.Random(seed), most)
+    computed: list[int] = []
+    hook = base.register_forward_pre_hook(
+        lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    together = LocalValidator(base, load_tokenizer(), tokens_per_pass=tokens_per_pass).judge(pairs)
+    shared = sum(computed)
+    monkeypatch.setattr(validator, "_takes_masks", lambda _: False)
+    alone = LocalValidator(base, load_tokenizer(), tokens_per_pass=1).judge(pairs)
+    hook.remove()
+    assert shared < 0.7 * (sum(computed) - shared)
+    for one, other in zip(together, alone, strict=True):
+        assert type(one) is type(other)
+        assert one.neither == pytest.approx(other.neither, abs=1e-4)
+        if isinstance(one, Verdict) and isinstance(other, Verdict):
+            assert one.supported == other.supported
+            assert (one.true, one.false) == pytest.approx((other.true, other.false), abs=1e-4)
 
 
 def test_the_lengths_differ_enough_to_need_padding(ragged: tuple[list[Pair], list[list[float]]]) -> None:

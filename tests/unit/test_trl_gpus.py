@@ -13,7 +13,7 @@ from tasks.engines.trl_engine.arguments import trainer_environment
 from tasks.engines.trl_engine.gpus import visible_gpus
 from tasks.engines.trl_engine.vllm_server import open_vllm_server, server_command, server_environment
 from tasks.titles.config import Profile, load_profile
-from tasks.titles.errors import ConfigError, ServiceUnavailable
+from tasks.titles.errors import ConfigError, OutOfMemory, ServiceUnavailable
 
 SERVER = ["trl.vllm_mode=server", "trl.server_gpus=[2]", "trl.trainer_gpus=[0]"]
 
@@ -124,4 +124,15 @@ async def test_a_server_that_does_not_start_is_told_with_its_log(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(ServiceUnavailable, match=r"(?s)ended with exit code 1 before it was ready.*vllm\.log"):
         async with open_vllm_server(qwen(*SERVER), str(tmp_path / "no model"), tmp_path):
+            pass
+
+
+async def test_a_server_without_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With vLLM's last words in the place of vLLM."""
+    reason = "(EngineCore pid=71) ERROR [core.py:1136] ValueError: No available memory for the cache blocks."
+    says = f"import sys; sys.exit({reason!r} + '\\n(APIServer) in a long traceback' * 40)"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(vllm_server, "server_command", lambda *_: [sys.executable, "-c", says])
+    with pytest.raises(OutOfMemory, match=r"(?s)cache blocks.*ended with exit code 1 before it was ready.*vllm\.log"):
+        async with open_vllm_server(qwen(*SERVER), "model", tmp_path):
             pass

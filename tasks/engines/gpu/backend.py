@@ -81,18 +81,20 @@ class GpuBackend(TitleBackend):
         return served_at
 
     async def behind(self, error: Exception) -> HnTitlesError | None:
-        """Return `EngineDied` where the trainer's process or vLLM's server has ended, else None."""
+        """Return `EngineDied` or `OutOfMemory` where the trainer's process or vLLM's server has ended, else None."""
         if isinstance(error, EngineDied | OutOfMemory):
             return None
         for service in self._services.values():
             try:
-                ended = await asyncio.wait_for(cast(Any, service).server_failure(), ANSWER_PATIENCE_S)
+                ended: EngineDied | OutOfMemory | None = await asyncio.wait_for(
+                    cast(Any, service).server_failure(), ANSWER_PATIENCE_S
+                )
             except TimeoutError:
                 continue
             except RuntimeError as lost:
                 return lost_trainer(lost)
             if ended is not None:
-                return EngineDied(ended)
+                return ended
         return None
 
     async def close(self) -> None:

@@ -23,9 +23,9 @@ from typing import Any, TypeVar, cast
 import httpx
 import psutil
 
-from tasks.engines.device import out_of_memory
+from tasks.engines.device import full_memory_in_log, out_of_memory
 from tasks.titles.child_process import end_of_log
-from tasks.titles.errors import EngineDied, HnTitlesError
+from tasks.titles.errors import EngineDied, HnTitlesError, OutOfMemory
 
 logger = logging.getLogger(__name__)
 Method = TypeVar("Method", bound=Callable[..., Coroutine[Any, Any, Any]])
@@ -60,7 +60,7 @@ class TellsFailures:
 
     @_told
     async def start_openai_server(self, config: Any) -> tuple[str, int]:
-        """Start vLLM; raises `EngineDied` with the end of its log where it does not start."""
+        """Start vLLM; raises `OutOfMemory` or `EngineDied` with the end of its log where it does not start."""
         return await super().start_openai_server(config)  # type: ignore[misc, no-any-return]
 
     async def train(self, *arguments: Any, **options: Any) -> AsyncIterator[dict[str, float]]:
@@ -75,12 +75,12 @@ class TellsFailures:
 
     @_told
     async def register_lora_for_step(self, step: int, checkpoint_dir: str) -> None:
-        """Serve an adapter; raises `EngineDied`."""
+        """Serve an adapter; raises `OutOfMemory` and `EngineDied`."""
         await super().register_lora_for_step(step, checkpoint_dir)  # type: ignore[misc]
 
     @_told
     async def prune_loaded_adapters(self, *, retain_steps: set[int]) -> None:
-        """Let go of adapters; raises `EngineDied`."""
+        """Let go of adapters; raises `OutOfMemory` and `EngineDied`."""
         await super().prune_loaded_adapters(retain_steps=retain_steps)  # type: ignore[misc]
 
     @_told
@@ -88,8 +88,8 @@ class TellsFailures:
         """Ask the trainer; raises `OutOfMemory`."""
         return await super().trainer_logprobs(token_ids)  # type: ignore[misc, no-any-return]
 
-    async def server_failure(self) -> str | None:
-        """Return how vLLM's server ended and the end of its log, or None while it answers, or was never started.
+    async def server_failure(self) -> EngineDied | OutOfMemory | None:
+        """Return why vLLM's server ended, with the end of its log; None while it answers, or was never started.
 
         Waits up to `NOTICE_S` for what is known of a server that does not answer.
         """
@@ -115,24 +115,27 @@ class TellsFailures:
             return full
         ended = await self.server_failure()
         if ended is not None:
-            return EngineDied(ended)
+            return ended
         # ART closes everything when an update breaks off, and forgets how the server ended. Over HTTP the service talks
         # to nobody else.
         if isinstance(error, httpx.HTTPError):
-            return EngineDied(self._server_failed(f"{type(error).__name__}: {error}"))
+            return self._server_failed(f"{type(error).__name__}: {error}")
         # ART's own words where vLLM ends, or is not ready in time, while it is started.
         if isinstance(error, RuntimeError | TimeoutError) and str(error).startswith("vLLM subprocess"):
-            return EngineDied(self._server_failed(str(error)))
+            return self._server_failed(str(error))
         return RuntimeError("".join(traceback.format_exception(error)))
 
-    def _server_failed(self, told: str) -> str:
+    def _server_failed(self, told: str) -> EngineDied | OutOfMemory:
         service: Any = self
         log = Path(service.output_dir, "logs", "vllm-runtime.log")
         reasons = "".join(f"\n{reason}" for reason in _reasons(log))
-        return (
-            f"vLLM's server, which writes the titles, has failed: {_how(told)}. A full GPU is one reason (lower "
-            "art.vllm_memory_share or end other processes there); where the machine's memory is full the kernel kills. "
-            f"{CONTINUES}{reasons}{end_of_log(log)}"
+        failed = f"vLLM's server, which writes the titles, has failed: {_how(told)}."
+        full = full_memory_in_log(reasons)
+        if full is not None:
+            return OutOfMemory(f"{full} {failed}{reasons}{end_of_log(log)}")
+        return EngineDied(
+            f"{failed} A full GPU is one reason (lower art.vllm_memory_share or end other processes there); where the "
+            f"machine's memory is full the kernel kills. {CONTINUES}{reasons}{end_of_log(log)}"
         )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from tasks.engines.checkpoints import latest_complete
 from tasks.engines.context import context_tokens
 from tasks.engines.contract import ProgressListener, RunTracker, TrainingRequest, TrainingResult
+from tasks.engines.device import full_memory_in_log
 from tasks.engines.ledger import check_start, finish, tell, tell_all
 from tasks.engines.resume import checkpoints_folder, engine_folder, journal_of, prepare_to_continue, stored_state
 from tasks.engines.trl_engine.arguments import check_trl_settings, launch_command, trainer_environment
@@ -26,7 +27,7 @@ from tasks.engines.trl_engine.vllm_server import open_vllm_server
 from tasks.titles import errors
 from tasks.titles.child_process import ChildProcess
 from tasks.titles.config import Settings
-from tasks.titles.errors import HnTitlesError, RunStopped
+from tasks.titles.errors import HnTitlesError, OutOfMemory, RunStopped
 
 logger = logging.getLogger(__name__)
 trainer_logger = logging.getLogger(f"{__name__}.trainer")
@@ -47,8 +48,8 @@ async def train(
 ) -> TrainingResult:
     """Train up to `max_steps` in a process of its own, from the last complete checkpoint on where there is one.
 
-    Raises what stopped the training there (`RunStopped` and the others of the tree), and `RunStopped` with the
-    end of its log where the process died; everything up to the last committed step is kept.
+    Raises what stopped the training there (`RunStopped` and the others of the tree), and `RunStopped` or
+    `OutOfMemory` with the end of its log where the process died; everything up to the last committed step is kept.
     """
     profile = request.profile
     check_trl_settings(profile, vllm_server_url=Settings().vllm_server_url)
@@ -138,4 +139,7 @@ def _failure(code: int, file: Path, log_end: str) -> HnTitlesError:
         return kind(left["message"])  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError, AttributeError):
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        full = full_memory_in_log(log_end)
+        if full is not None:
+            return OutOfMemory(f"{full} TRL's trainer {how}.{log_end}")
         return RunStopped(f"TRL's trainer {how}; the same command continues from the last checkpoint.{log_end}")

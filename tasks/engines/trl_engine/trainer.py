@@ -30,6 +30,7 @@ from tasks.engines.trl_engine.arguments import grpo_arguments, lora_arguments, o
 from tasks.engines.trl_engine.merged_weights import push_merged_weights
 from tasks.engines.trl_engine.reward import TitleRewards
 from tasks.engines.trl_engine.sampler import CpuGeneration, install
+from tasks.engines.trl_engine.sampler_correction import correct_in_the_update
 from tasks.engines.trl_engine.seeds import TitleSeeds
 from tasks.engines.trl_engine.steps import StepCallback
 from tasks.engines.trl_engine.validator import LocalValidator
@@ -108,6 +109,8 @@ def train(request: TrainingRequest, mlflow_run_id: str) -> None:
             install(trainer, generation)
         elif not profile.trl.unsloth:  # whose vLLM shares the trainer's base weights and loads adapters
             push_merged_weights(trainer)
+        if not profile.trl.unsloth:  # which writes a trainer of its own
+            correct_in_the_update(trainer)
         callback.attach(trainer)
         if stored is None:
             callback.start()

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import httpx
 
+from tasks.engines.device import full_memory_in_log
 from tasks.engines.trl_engine.arguments import trainer_environment
 from tasks.engines.trl_engine.gpus import free_port, visible_gpus
 from tasks.titles.child_process import ChildProcess
 from tasks.titles.config import Profile, Settings
-from tasks.titles.errors import ServiceUnavailable
+from tasks.titles.errors import OutOfMemory, ServiceUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ LOG = "vllm.log"
 START_TIMEOUT_S = 600.0
 """vLLM compiles its model when it sees it for the first time: a minute for a small one, minutes for a large one."""
 _POLL_S = 0.5
+_REASON_LINES = 200
 
 
 @asynccontextmanager
@@ -36,8 +38,8 @@ async def open_vllm_server(profile: Profile, base_model: str, log_folder: Path) 
     """Yield the address of the server that TRL's trainer generates with, None where it needs none.
 
     A server of our own has the GPUs of `trl.server_gpus`, logs into `log_folder` and ends with this context, however
-    it is left. Raises `ServiceUnavailable` with the end of its log where it does not get ready, and `ConfigError` for
-    GPUs that are not there.
+    it is left. Raises `ServiceUnavailable` or `OutOfMemory` with the end of its log where it does not get ready,
+    and `ConfigError` for GPUs that are not there.
     """
     if profile.device == "cpu" or profile.trl.vllm_mode == "colocate":
         yield None
@@ -100,9 +102,12 @@ async def _wait_until_ready(server: ChildProcess, url: str) -> None:
         while True:
             code = server.poll()
             if code is not None:
-                raise ServiceUnavailable(
-                    f"vLLM's server ended with exit code {code} before it was ready.{server.log_end()}"
-                )
+                ended = f"vLLM's server ended with exit code {code} before it was ready."
+                # In its log the reason stands before the traceback of the process that waited for it.
+                full = full_memory_in_log(server.log_end(_REASON_LINES))
+                if full is not None:
+                    raise OutOfMemory(f"{full} {ended}{server.log_end()}")
+                raise ServiceUnavailable(f"{ended}{server.log_end()}")
             if time.monotonic() - started > START_TIMEOUT_S:
                 raise ServiceUnavailable(f"vLLM's server was not ready after {START_TIMEOUT_S:g} s.{server.log_end()}")
             with contextlib.suppress(httpx.TransportError):
