@@ -124,7 +124,7 @@ def measured(
 
 def rates(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return what is shown of a step while it goes on."""
-    shown = (*SPLIT, names.TRAIN_REWARD, names.TRAIN_LOSS, names.TRAIN_GRAD_NORM, names.CANARY_MAX_DIFFERENCE)
+    shown = (*SPLIT, names.TRAIN_REWARD, names.TRAIN_LOSS, names.TRAIN_GRAD_NORM, names.CANARY_MEAN_DIFFERENCE)
     return {name.split("/", 1)[1]: round(metrics[name], 3) for name in shown if name in metrics}
 
 

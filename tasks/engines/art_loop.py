@@ -126,7 +126,7 @@ class _Training:
         step = rolled.state.cursor.step
         trainer = await self._session.train(trainable(rolled.groups), step=step)
         trained = time.monotonic()
-        difference = await self._session.check_canary(step)
+        canary = await self._session.check_canary(step)
         ended = time.monotonic()
         metrics = train_metrics(rolled.groups) | {
             own: trainer[theirs] for theirs, own in TRAINER_METRICS.items() if theirs in trainer
@@ -139,8 +139,8 @@ class _Training:
             names.TIME_TRAIN: trained - rolled_out,
             names.TIME_STEP: ended - started,
             names.THROUGHPUT_TOKENS: tokens_of(rolled.groups) / (ended - started),
-            names.CANARY_MAX_DIFFERENCE: difference,
         }
+        metrics |= canary.metrics()
         titles: list[dict[str, Any]] = []
         if self._profile.validates(step):
             validated, validation = await self._validate(step)

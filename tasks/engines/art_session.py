@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tasks.engines.canary import canary_tokens, check_canary
+from tasks.engines.canary import CanaryCheck, canary_tokens, check_canary
 from tasks.engines.checkpoints import steps_on_disk
 from tasks.engines.context import context_tokens, positions
 from tasks.engines.contract import TrainingRequest
@@ -59,6 +59,8 @@ class ArtSession:
         self.api_key: str = model.inference_api_key
         self.base_model_name = BASE_MODEL_NAME
         self._canary = canary_tokens(AutoTokenizer.from_pretrained(request.base_model))
+        self._trainer_before: list[float] | None = None
+        """The trainer's log-probabilities of the canary at the last check of this session that could tell."""
         self._loaded = {self.step}
 
     @property
@@ -118,19 +120,24 @@ class ArtSession:
         self._loaded.add(step)
         return dict(result.metrics)
 
-    async def check_canary(self, step: int) -> float:
-        """Return the largest difference, in nats, between server and trainer on a fixed title at checkpoint `step`.
+    async def check_canary(self, step: int) -> CanaryCheck:
+        """Compare server and trainer on a fixed title at checkpoint `step`.
 
-        Raises `SamplerDisagrees` above the profile's `canary_tolerance`.
+        Raises `SamplerDisagrees` where they differ by more than the profile's `canary_tolerance`, and where the
+        server has not followed the trainer since the last check that could tell.
         """
-        trainer = await self.backend.trainer_logprobs(self.model, self._canary)
-        return await check_canary(
+        trained = await self.backend.trainer_logprobs(self.model, self._canary)
+        checked = await check_canary(
             self.model.openai_client(),
             await self.model_name(step),
             self._canary,
-            trainer,
-            self.profile.canary_tolerance,
+            trained,
+            before=self._trainer_before,
+            tolerance=self.profile.canary_tolerance,
         )
+        if self._trainer_before is None or checked.followed is not None:
+            self._trainer_before = trained
+        return checked
 
     async def forget(self, keep: set[int]) -> None:
         """Unload every checkpoint but those of `keep` from the server."""

@@ -200,7 +200,10 @@ class Profile(BaseModel):
     max_failed_share: float = Field(0.2, ge=0, le=1, description="share of failed trajectories that stops the run")
     max_empty_batches: int = Field(5, ge=1, description="batches without any spread of rewards that stop the run")
     canary_tolerance: float = Field(
-        0.05, gt=0, description="largest difference of one token's log-probability, in nats"
+        0.2,
+        gt=0,
+        description="how far sampler and trainer may be apart, in nats: mean over the canary's tokens of the "
+        "difference of their log-probabilities; rounding to bfloat16 makes 0.02",
     )
     prefect_rollouts: bool = Field(True, description="one Prefect task run per trajectory group, or plain coroutines")
 

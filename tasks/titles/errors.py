@@ -81,7 +81,7 @@ class NothingToTrainOn(RunStopped):
 
 
 class SamplerDisagrees(RunStopped):
-    """The canary: sampler and trainer give one fixed title different log-probabilities."""
+    """The canary: the sampler's log-probabilities are not the trainer's, or still those from before its updates."""
 
 
 class EngineDied(RunStopped):

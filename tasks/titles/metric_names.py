@@ -29,7 +29,9 @@ TRAIN_COLLAPSED = "train/collapsed"  # 1 while the collapse alarm rings
 
 VERDICT_NEITHER = "verdict/neither"  # mean share of probability that the validator gives neither True nor False
 
-CANARY_MAX_DIFFERENCE = "canary/max_difference"  # nats, between server and trainer
+CANARY_MEAN_DIFFERENCE = "canary/mean_difference"  # nats, between server and trainer, over the canary's tokens
+CANARY_MAX_DIFFERENCE = "canary/max_difference"  # nats, the token that is farthest apart
+CANARY_FOLLOWED = "canary/followed"  # 1: the server holds the trainer's new weights, 0: the old, 0.5: cannot be told
 
 TIME_ROLLOUT = "time/rollout_s"  # writing and judging
 TIME_JUDGE = "time/judge_s"  # its part in which titles were judged and none was written any more

@@ -25,7 +25,7 @@ from tasks.engines.art_session import (
     server_config,
 )
 from tasks.engines.contract import Progress, TrainingRequest, TrainingResult
-from tasks.engines.resume import checkpoints_folder, journal_of, stored_state
+from tasks.engines.resume import adapter_folder, checkpoints_folder, journal_of, stored_state
 from tasks.engines.tracker import MlflowTracker
 from tasks.titles import metric_names as names
 from tasks.titles.config import load_profile
@@ -35,6 +35,7 @@ from tasks.titles.errors import (
     DataError,
     NothingToTrainOn,
     RunStopped,
+    SamplerDisagrees,
     TooManyFailures,
 )
 from tasks.titles.group_statistics import JUDGE_NOISE
@@ -78,7 +79,8 @@ async def test_three_steps(trained_dir: Path, reward_server_url: str) -> None:
         groups = [row[f"train/groups_{kind}"] for kind in ("submitted", "trainable", "without_spread", "dropped")]
         assert groups[0] == sum(groups[1:])
         assert groups[1] >= 1
-        assert 0 <= row[names.CANARY_MAX_DIFFERENCE] < 1e-3
+        assert 0 <= row[names.CANARY_MEAN_DIFFERENCE] <= row[names.CANARY_MAX_DIFFERENCE] < 1e-3
+        assert 0.95 < row[names.CANARY_FOLLOWED] <= 1
         assert 0 < row[names.TRAIN_DISTINCT_TITLES] <= 1
         assert row[names.THROUGHPUT_TOKENS] > 0
     assert result.trajectories_dropped == sum(rows[step][names.TRAIN_TRAJECTORIES_DROPPED] for step in (1, 2, 3))
@@ -176,6 +178,27 @@ async def test_nothing_to_train_on_stops_the_run_with_the_reason(
     state = stored_state(asked.run_dir, "art")
     assert state is not None
     assert state.cursor.step == 0
+
+
+async def test_a_server_left_one_adapter_behind_stops_the_run(
+    session: ArtSession, tmp_path: Path, reward_server_url: str
+) -> None:
+    asked = request(tmp_path / "run", reward_server_url, eval_steps=9)
+    update = session.train
+
+    async def update_but_serve_the_old_adapter(groups: Any, *, step: int) -> dict[str, float]:
+        metrics = await update(groups, step=step)
+        if step == 2:
+            service = await session.backend._get_service(session.model)
+            await service.register_lora_for_step(step, str(adapter_folder(asked.run_dir, "art", step - 1)))
+        return metrics
+
+    session.train = update_but_serve_the_old_adapter  # type: ignore[method-assign]
+    with pytest.raises(
+        SamplerDisagrees, match=r"policy@2 has not followed the trainer.* a share of 0\.0"
+    ):
+        await train(asked, session=session, state=None, tracker=open_tracker(asked))
+    assert sorted(journal_of(asked.run_dir).rows()) == [0, 1]
 
 
 async def test_no_stories_are_refused(tmp_path: Path, reward_server_url: str) -> None:

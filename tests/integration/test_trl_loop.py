@@ -94,7 +94,7 @@ def test_three_steps(trained: Trained) -> None:
             rows[step][f"train/groups_{kind}"] for kind in ("submitted", "trainable", "without_spread", "dropped")
         ]
         assert groups[0] == sum(groups[1:]) == 2
-        assert 0 <= rows[step][names.CANARY_MAX_DIFFERENCE] < 1e-3
+        assert 0 <= rows[step][names.CANARY_MEAN_DIFFERENCE] <= rows[step][names.CANARY_MAX_DIFFERENCE] < 1e-3
         assert 0 <= rows[step][names.VERDICT_NEITHER] < 0.1
         times = [rows[step][name] for name in (names.TIME_ROLLOUT, names.TIME_TRAIN, names.TIME_STEP)]
         assert min(times) > 0 and sum(times[:2]) <= times[2]

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tasks.engines.adapter_files import save_adapter
-from tasks.engines.canary import canary_prompt, largest_difference
+from tasks.engines.canary import canary_prompt, compare
 from tasks.engines.cpu.chat import end_of_turn
 from tasks.engines.cpu.cores import Cores
 from tasks.engines.cpu.decoder import Decoder
@@ -130,13 +130,14 @@ def install(trainer: GRPOTrainer, generation: CpuGeneration) -> None:
 class Canary:
     """Has the sampler write a title, and compares its log-probabilities with the trainer's.
 
-    A title and its log-probabilities are all that vLLM gives in each of TRL's modes.
+    A title and its log-probabilities are all that vLLM gives in each of TRL's modes. It is another title each time,
+    so the trainer's values from before its update are not at hand.
     """
 
     def __init__(self, trainer: GRPOTrainer, tolerance: float) -> None:
-        """Compare `trainer` with its sampler; a token's log-probabilities may differ by `tolerance` nats."""
-        self.difference: float | None = None
-        """Of the last check, in nats."""
+        """Compare `trainer` with its sampler; the log-probabilities may differ by `tolerance` nats on average."""
+        self.metrics: dict[str, float] = {}
+        """Of the last check, by name."""
         self._trainer = cast(Any, trainer)
         self._tolerance = tolerance
         self._prompt = canary_prompt(self._trainer.processing_class)
@@ -145,13 +146,14 @@ class Canary:
         """Raise `SamplerDisagrees` where trainer and sampler hold different weights."""
         answer = self._trainer.vllm_generation.generate(prompts=[self._prompt], images=None, num_generations=1)
         title, logprobs = answer[1][0], answer[2][0]
-        self.difference = largest_difference(
+        checked = compare(
             [token[0] for token in logprobs],
             self._trainer_logprobs(title),
             tokens=len(title),
             sampler="the sampler",
             tolerance=self._tolerance,
         )
+        self.metrics = checked.metrics()
 
     @torch.no_grad()
     def _trainer_logprobs(self, title: Sequence[int]) -> list[float]:

@@ -135,7 +135,8 @@ class StepCallback(TrainerCallback):
             names.THROUGHPUT_TOKENS: tokens_of(groups) / seconds,
         }
         # Each process has a canary of its own: with vLLM in the process each has its own sampler.
-        metrics[names.CANARY_MAX_DIFFERENCE] = max(gather_object([self._canary.difference]))
+        canaries: list[dict[str, float]] = gather_object([self._canary.metrics])
+        metrics |= {name: max(canary[name] for canary in canaries) for name in canaries[0]}
         if judged.neither is not None:
             metrics[names.VERDICT_NEITHER] = judged.neither
         titles: list[dict[str, Any]] = []
