@@ -108,9 +108,11 @@ def make_request(asked: argparse.Namespace, folder: Path) -> TrainingRequest:
 
 
 def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[str, Any]:
-    """Return `gpu_offline`'s answer for the first prompts of the run, with the settings that the engine gives vLLM.
+    """Return `gpu_offline`'s answer for the first prompts of the run, asked for what the engine's rollouts ask for.
 
-    ART's server computes with an adapter; TRL's vLLM has it merged into the weights.
+    Both have the log-probability of each sampled token. ART's server computes with an adapter and draws each title
+    from its own seed; TRL's vLLM has the adapter merged into the weights, log-probabilities after temperature, and no
+    seeds.
     """
     from transformers import AutoTokenizer
 
@@ -121,7 +123,9 @@ def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[st
     profile = request.profile
     state = stored_state(request.run_dir, profile.engine)
     adapter = adapter_folder(request.run_dir, "art", state.cursor.step) if profile.engine == "art" and state else None
-    lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16} if adapter else {}
+    own: dict[str, Any] = {"logprobs_mode": "processed_logprobs"} if profile.engine == "trl" else {}
+    if adapter:
+        own = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 16}
     share = profile.art.vllm_memory_share if profile.engine == "art" else profile.trl.vllm_memory_share
     tokenizer = AutoTokenizer.from_pretrained(request.base_model)
     ids = [
@@ -139,9 +143,14 @@ def offline(request: TrainingRequest, folder: Path, vllm: str | None) -> dict[st
             "max_model_len": context_tokens(request.base_model, profile),
             "generation_config": "vllm",
             "compilation_config": {"cudagraph_capture_sizes": graph_sizes(titles)},
-            **lora,
+            **own,
         },
-        "max_tokens": profile.max_completion_tokens,
+        "sampling": {
+            "temperature": profile.temperature,
+            "max_tokens": profile.max_completion_tokens,
+            "logprobs": 0,
+        },
+        "seeded": profile.engine == "art",
         "batches": [
             [prompt for prompt in ids[start : start + size] for _ in range(profile.group_size)]
             for start in range(0, len(ids), size)

@@ -1,8 +1,8 @@
 """vLLM's own offline throughput: `python -m bench.gpu_offline ASKED.json ANSWER.json`, where vLLM is installed.
 
-ASKED holds `model`, `adapter` (a folder or null), `engine` (vLLM's arguments), `max_tokens` and `batches`: lists of
-prompts as token ids. Every prompt of a batch is in it as often as titles are wanted of it. It imports nothing of the
-project.
+ASKED holds `model`, `adapter` (a folder or null), `engine` (vLLM's arguments), `sampling` (what every title is sampled
+with), `seeded` (whether each title has a seed of its own) and `batches`: lists of prompts as token ids. Every prompt of
+a batch is in it as often as titles are wanted of it. It imports nothing of the project.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
 
     def tokens_per_s(prompts: list[list[int]], seed: int) -> float:
         sampling = [
-            SamplingParams(temperature=1.0, max_tokens=asked["max_tokens"], seed=seed + number)
+            SamplingParams(**asked["sampling"], seed=seed + number if asked["seeded"] else None)
             for number in range(len(prompts))
         ]
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One chat completion through the OpenAI client, with this project's errors."""
+"""One chat completion request through the OpenAI client, with this project's errors."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def open_client(base_url: str, api_key: str, *, concurrency: int, retries: int =
 
 async def ask(
     client: AsyncOpenAI, service: str, *, model: str, messages: Iterable[Mapping[str, str]], **options: Any
-) -> tuple[Choice, int]:
-    """Return the first choice of one chat completion and its length in tokens.
+) -> list[Choice]:
+    """Return the choices of one chat completion, one at least.
 
     `service` (policy or validator) is what a failure is counted under; `options` go to the server as
     they are. Raises `ServiceUnavailable` when it is down, slow or overloaded after all retries and
@@ -56,7 +56,7 @@ async def ask(
             messages=list(messages),  # type: ignore[arg-type]
             **options,
         )
-        return _first_choice(answer)
+        return _choices(answer)
     except (APIConnectionError, RateLimitError, InternalServerError) as error:
         failure: ServiceError = ServiceUnavailable(
             f"The {service} at {client.base_url} did not answer after {client.max_retries} retries: {_detail(error)}. "
@@ -72,12 +72,15 @@ async def ask(
         raise failure from error
 
 
-def _first_choice(answer: Any) -> tuple[Choice, int]:
+def _choices(answer: Any) -> list[Choice]:
     # The client hands on whatever JSON or text came with a status of 200.
-    if not isinstance(answer, ChatCompletion) or not answer.choices or answer.choices[0].message is None:
+    if (
+        not isinstance(answer, ChatCompletion)
+        or not answer.choices
+        or any(choice.message is None for choice in answer.choices)
+    ):
         raise ValueError(f"expected a chat completion with a choice, got {str(answer)[:200]!r}")
-    tokens = answer.usage.completion_tokens if answer.usage else 0
-    return answer.choices[0], tokens
+    return answer.choices
 
 
 def _detail(error: Exception) -> str:

@@ -102,8 +102,11 @@ def stories_fingerprint(ids: Iterable[str]) -> str:
 def sampling_seed(run_seed: int, epoch: int, step: int, story_id: str, generation: int) -> int:
     """Return the seed that one title is sampled with, in 0 … 2³¹-1 (the range that every server takes).
 
+    A group's seeds follow one another: that is how vLLM seeds the choices of one request, so that a title is the
+    same whether it is asked for alone or with its group.
+
     The epoch takes part because a batch without spread does not advance the step: a story met again
     at the same step must not be given the same titles again.
     """
-    key = f"{run_seed}/{epoch}/{step}/{generation}/{story_id}".encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
+    key = f"{run_seed}/{epoch}/{step}/{story_id}".encode()
+    return (int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 2) + generation

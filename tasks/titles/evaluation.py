@@ -170,7 +170,7 @@ class Evaluator:
 
     async def _write(self, prompt: Prompt, writer: str, mode: Mode, sample: int) -> str | ServiceError:
         try:
-            choice, _ = await ask(
+            choice, *_ = await ask(
                 self._client,
                 "policy",
                 model=self._writers[writer],

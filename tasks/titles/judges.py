@@ -74,7 +74,7 @@ class Judges:
         return answer.score, answer.version
 
     async def _verdict(self, story: Story, title: str) -> bool:
-        choice, _ = await ask(
+        choice, *_ = await ask(
             self._validator,
             "validator",
             model=self._base_model_name,

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from reward_server.client import RewardClient
 
 logger = logging.getLogger(__name__)
+
+MOST_CHOICES = 64
+"""Titles that one request asks for at most: servers have bounds of their own."""
 
 
 class Endpoint(Protocol):
@@ -93,7 +97,7 @@ class Sampling:
     epoch: int = 0
 
     def seed(self, story_id: str, generation: int) -> int:
-        """Return the seed of one title."""
+        """Return the seed of one title; those of a group follow one another, as a server's choices do."""
         return sampling_seed(self.run_seed, self.epoch, self.step, story_id, generation)
 
 
@@ -132,7 +136,8 @@ class Roller:
         self.endpoint, self.reward_client = endpoint, reward_client
         self._max_completion_tokens = max_completion_tokens
         self._context_tokens = context_tokens
-        self._in_the_making = asyncio.Semaphore(concurrency)
+        self._most_choices = min(concurrency, MOST_CHOICES)
+        self._places = _Places(concurrency)
         self._client = open_client(endpoint.base_url, endpoint.api_key, concurrency=concurrency, retries=retries)
         self.judges = Judges(
             reward_client=reward_client, validator=self._client, base_model_name=endpoint.base_model_name
@@ -149,21 +154,37 @@ class Roller:
     async def group(self, prompt: Prompt, sampling: Sampling, size: int) -> RolloutGroup:
         """Roll out `size` titles of one prompt at the same time.
 
-        What one of this project's errors ends is a `Failure` of the group; any other exception is a
-        fault of this program and is raised.
+        What one of this project's errors ends is a `Failure` of the group, one for each title; any other
+        exception is a fault of this program and is raised.
         """
-        outcomes = await together(self._attempt(prompt, sampling, generation) for generation in range(size))
+        numbers = range(size)
+        parts = await together(
+            self._titles(prompt, sampling, numbers[first : first + self._most_choices])
+            for first in range(0, size, self._most_choices)
+        )
+        outcomes = [outcome for part in parts for outcome in part]
         return RolloutGroup(
             prompt=prompt,
             rollouts=tuple(outcome for outcome in outcomes if isinstance(outcome, Rollout)),
             failures=tuple(outcome for outcome in outcomes if isinstance(outcome, Failure)),
         )
 
-    async def rollout(self, prompt: Prompt, sampling: Sampling, generation: int) -> Rollout:
-        """Write one title and have it judged.
+    async def _titles(self, prompt: Prompt, sampling: Sampling, generations: range) -> list[Rollout | Failure]:
+        """Write titles of one prompt and have each judged; one that fails leaves the others alone."""
+        async with self._places.taken(len(generations)):
+            started = time.monotonic()
+            try:
+                choices = await self._write(prompt, sampling, generations)
+            except HnTitlesError as error:
+                return [_failure(prompt, error) for _ in generations]
+            written = time.time()
+            return await together(self._attempt(prompt, choice, started, written) for choice in choices)
+
+    async def _write(self, prompt: Prompt, sampling: Sampling, generations: range) -> list[Choice]:
+        """Have the policy write a title for each of `generations`.
 
         Raises `DataError` for a prompt that leaves no room in the context, before any call, and
-        `ServiceError` when the policy or a judge has no usable answer.
+        `ServiceError` when the policy has no usable answer.
         """
         if prompt.tokens + self._max_completion_tokens > self._context_tokens:
             raise DataError(
@@ -171,34 +192,47 @@ class Roller:
                 f"{self._max_completion_tokens} do not fit the policy's context of {self._context_tokens}. "
                 "Lower max_prompt_tokens."
             )
-        async with self._in_the_making:
-            started = time.monotonic()
-            choice, tokens = await ask(
+        choices: list[Choice] = []
+        # One request for all of them: the server then reads, renders and tokenises a long prompt once. A server that
+        # gives fewer choices than it is asked for is asked again for those that are missing.
+        while missing := generations[len(choices) :]:
+            answered = await ask(
                 self._client,
                 "policy",
                 model=sampling.model,
                 messages=prompt.messages,
                 temperature=sampling.temperature,
                 max_tokens=self._max_completion_tokens,
-                seed=sampling.seed(prompt.story.id, generation),
+                n=len(missing),
+                seed=sampling.seed(prompt.story.id, missing[0]),
                 logprobs=True,
             )
-            written = time.time()
-            if choice.logprobs is None or not choice.logprobs.content:
-                unusable = ServiceRejected(
-                    "The policy answered without log-probabilities, which training needs: the server must "
-                    "support 'logprobs'."
-                )
-                unusable.service = "policy"
-                raise unusable
-            title = (choice.message.content or "").strip()
-            score, version, verdict, reward = 0.0, "", False, 0.0
-            # A blank title is the policy's own failure, not a judge's: there is nothing to judge, and it
-            # earns nothing. It is the one reward of 0 besides an unsupported title's, counted on its own.
-            if title:
-                judgement = await self.judges.judge(prompt.story, title)
-                score, version = judgement.score, judgement.version
-                verdict, reward = judgement.verdict, judgement.reward
+            choices += answered[: len(missing)]
+        return choices
+
+    async def _attempt(self, prompt: Prompt, choice: Choice, started: float, written: float) -> Rollout | Failure:
+        try:
+            return await self._judged(prompt, choice, started, written)
+        except HnTitlesError as error:
+            return _failure(prompt, error)
+
+    async def _judged(self, prompt: Prompt, choice: Choice, started: float, written: float) -> Rollout:
+        """Have one title judged; raises `ServiceError` when it or a judge's answer is unusable."""
+        if choice.logprobs is None or not choice.logprobs.content:
+            unusable = ServiceRejected(
+                "The policy answered without log-probabilities, which training needs: the server must "
+                "support 'logprobs'."
+            )
+            unusable.service = "policy"
+            raise unusable
+        title = (choice.message.content or "").strip()
+        score, version, verdict, reward = 0.0, "", False, 0.0
+        # A blank title is the policy's own failure, not a judge's: there is nothing to judge, and it
+        # earns nothing. It is the one reward of 0 besides an unsupported title's, counted on its own.
+        if title:
+            judgement = await self.judges.judge(prompt.story, title)
+            score, version = judgement.score, judgement.version
+            verdict, reward = judgement.verdict, judgement.reward
         return Rollout(
             story_id=prompt.story.id,
             title=title,
@@ -211,17 +245,38 @@ class Roller:
             reward_model_version=version,
             seconds=time.monotonic() - started,
             written=written,
-            tokens=tokens,
+            tokens=len(choice.logprobs.content),
         )
 
-    async def _attempt(self, prompt: Prompt, sampling: Sampling, generation: int) -> Rollout | Failure:
+
+class _Places:
+    """Bounds how many titles are in the making."""
+
+    def __init__(self, count: int) -> None:
+        self._free = asyncio.Semaphore(count)
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        """Hold `count` places, no more than there are; whoever came first gets them first."""
+        held = 0
         try:
-            return await self.rollout(prompt, sampling, generation)
-        except HnTitlesError as error:
-            who = error.service if isinstance(error, ServiceError) else "prompt"
-            failure = Failure(prompt.story.id, f"{who}: {type(error).__name__}", str(error))
-            logger.warning("Trajectory of story %s dropped (%s): %s", prompt.story.id, failure.reason, error)
-            return failure
+            # One taker at a time: two that each hold a part would wait for each other.
+            async with self._turn:
+                while held < count:
+                    await self._free.acquire()
+                    held += 1
+            yield
+        finally:
+            for _ in range(held):
+                self._free.release()
+
+
+def _failure(prompt: Prompt, error: HnTitlesError) -> Failure:
+    who = error.service if isinstance(error, ServiceError) else "prompt"
+    failure = Failure(prompt.story.id, f"{who}: {type(error).__name__}", str(error))
+    logger.warning("Trajectory of story %s dropped (%s): %s", prompt.story.id, failure.reason, error)
+    return failure
 
 
 @dataclass(frozen=True)

@@ -127,14 +127,21 @@ async def session(tmp_path: Path, reward_server_url: str) -> AsyncIterator[ArtSe
 
 
 async def test_titles_do_not_depend_on_what_else_is_sampled(session: ArtSession, reward_server_url: str) -> None:
-    async with RewardClient(reward_server_url) as reward_client, roller_of(session, reward_client) as roller:
+    async with (
+        RewardClient(reward_server_url) as reward_client,
+        roller_of(session, reward_client) as roller,
+        roller_of(session, reward_client, concurrency=1) as one_by_one,
+    ):
         sampling = Sampling(model=await session.model_name(0), temperature=1.0, run_seed=1, step=0)
         stories = prompts("train", 3)
+        single = [await one_by_one.group(prompt, sampling, 3) for prompt in stories]
         alone = [await roller.group(prompt, sampling, 3) for prompt in stories]
         again = [await roller.group(prompt, sampling, 3) for prompt in reversed(stories)][::-1]
         other = [await roller.group(prompt, replace(sampling, run_seed=2), 3) for prompt in stories]
-    texts = [[[r.choice.message.content for r in group.rollouts] for group in groups] for groups in (alone, again)]
-    assert texts[0] == texts[1]
+    texts = [
+        [[r.choice.message.content for r in group.rollouts] for group in groups] for groups in (alone, again, single)
+    ]
+    assert texts[0] == texts[1] == texts[2]
     assert texts[0] != [[r.choice.message.content for r in group.rollouts] for group in other]
     for group in alone:
         assert len(group.rollouts) + len(group.failures) == 3
@@ -148,13 +155,13 @@ async def test_an_unknown_checkpoint_is_an_error(session: ArtSession) -> None:
         await session.model_name(9)
 
 
-def roller_of(session: ArtSession, reward_client: RewardClient) -> Roller:
+def roller_of(session: ArtSession, reward_client: RewardClient, concurrency: int = 8) -> Roller:
     return Roller(
         endpoint=session,
         reward_client=reward_client,
         max_completion_tokens=24,
         context_tokens=session.context_tokens,
-        concurrency=8,
+        concurrency=concurrency,
     )
 
 

@@ -243,7 +243,7 @@ async def test_the_verdicts_are_those_of_the_http_path(tmp_path: Path, reward_se
         client = open_client(session.base_url, session.api_key, concurrency=16)
 
         async def served(pair: Pair) -> bool:
-            choice, _ = await ask(
+            choice, *_ = await ask(
                 client,
                 "validator",
                 model=BASE_MODEL_NAME,

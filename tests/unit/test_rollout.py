@@ -26,14 +26,14 @@ from tasks.titles.rollout import GroupRoller, RemoteGroupRoller, Roller, Rollout
 from tasks.titles.rollout_metrics import train_metrics, trainable, val_metrics
 from tasks.titles.story import Prompt, Story
 
-Answer = str | int | Callable[[dict[str, Any]], Any]
+Answer = str | list[str] | int | Callable[[dict[str, Any]], Any]
 
 
 class ScriptedServer:
     """Policy, validator and reward server in one app.
 
-    `policy` and `validator` are a text to answer, a status to fail with, or a function of the request;
-    `score` is a number, a status (an int) or a function. `asked` keeps every request.
+    `policy` and `validator` are a text to answer, a status to fail with, or a function of the request; `score` is a
+    number, a status (an int) or a function. `asked` keeps every request. Of one text at most `choices` are given.
     """
 
     def __init__(self) -> None:
@@ -54,6 +54,7 @@ class ScriptedServer:
         self.validator: Answer = "True"
         self.score: Any = 2.5
         self.delay_s = 0.0
+        self.choices = 100
         self.asked: list[dict[str, Any]] = []
         self.under_way = self.most_under_way = 0
 
@@ -83,9 +84,9 @@ class ScriptedServer:
             return Response(json.dumps({"error": {"message": "scripted"}}), status_code=answer)
         return Response(json.dumps(wrap(answer, body)), media_type="application/json")
 
-    @staticmethod
-    def _completion(text: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _completion(self, text: str | list[str], body: dict[str, Any]) -> dict[str, Any]:
         entry = {"token": "token_id:7", "logprob": -0.5, "bytes": None, "top_logprobs": []}
+        texts = [text] * min(body.get("n", 1), self.choices) if isinstance(text, str) else text
         return {
             "id": "x",
             "object": "chat.completion",
@@ -93,13 +94,14 @@ class ScriptedServer:
             "model": body["model"],
             "choices": [
                 {
-                    "index": 0,
+                    "index": index,
                     "finish_reason": "stop",
                     "message": {"role": "assistant", "content": text},
                     "logprobs": {"content": [entry] * 3} if body.get("logprobs") else None,
                 }
+                for index, text in enumerate(texts)
             ],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
+            "usage": {"prompt_tokens": 10, "completion_tokens": 3 * len(texts), "total_tokens": 10 + 3 * len(texts)},
         }
 
 
@@ -148,8 +150,7 @@ def asked_of(server: ScriptedServer, service: str) -> list[dict[str, Any]]:
 
 
 async def test_a_group_of_rewarded_titles(server: ScriptedServer) -> None:
-    titles = itertools.cycle(["  One title\n", "Another"])
-    server.policy = lambda body: next(titles)
+    server.policy = ["  One title\n", "Another"] * 2
     server.validator = lambda body: "False." if "Another" in body["messages"][1]["content"] else " true"
     [group] = await roll(server)
     assert not group.failures
@@ -167,17 +168,52 @@ async def test_a_group_of_rewarded_titles(server: ScriptedServer) -> None:
 
 async def test_what_policy_and_validator_are_asked(server: ScriptedServer) -> None:
     await roll(server, size=3)
-    asked = asked_of(server, "policy")
-    assert {request["model"] for request in asked} == {"policy@0"}
-    assert {(request["temperature"], request["max_tokens"], request["logprobs"]) for request in asked} == {
-        (1.0, 20, True)
-    }
-    assert not {"top_p", "top_k", "min_p"} & set().union(*asked)
-    assert {request["seed"] for request in asked} == {SAMPLING.seed("1", generation) for generation in range(3)}
-    assert len({request["seed"] for request in asked}) == 3
+    [asked] = asked_of(server, "policy")
+    wanted = {"model": "policy@0", "temperature": 1.0, "max_tokens": 20, "logprobs": True, "n": 3}
+    assert {name: asked[name] for name in wanted} == wanted
+    assert asked["seed"] == SAMPLING.seed("1", 0)
+    assert not {"top_p", "top_k", "min_p"} & set(asked)
     verdicts = asked_of(server, "validator")
     assert {(request["model"], request["temperature"]) for request in verdicts} == {("base", 0.0)}
     assert verdicts[0]["messages"][1]["content"].endswith("<proposed_title>A title</proposed_title>")
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "choices", "requests"),
+    [
+        (2, 100, {(0, 2), (2, 2), (4, 1)}),  # more titles than may be in the making at once
+        (8, 2, {(0, 5), (2, 3), (4, 1)}),  # a server that gives fewer choices than it is asked for
+        (8, 1, {(0, 5), (1, 4), (2, 3), (3, 2), (4, 1)}),  # one that does not know `n`
+    ],
+)
+async def test_a_title_has_its_seed_however_many_are_asked_for_at_once(
+    server: ScriptedServer, concurrency: int, choices: int, requests: set[tuple[int, int]]
+) -> None:
+    server.choices = choices
+    groups = await roll(server, prompts=[prompt(1), prompt(2)], size=5, concurrency=concurrency)
+    assert [len(group.rollouts) for group in groups] == [5, 5]
+    asked = {(one["seed"], one["n"]) for one in asked_of(server, "policy")}
+    assert asked == {(SAMPLING.seed(story, first), count) for story in "12" for first, count in requests}
+
+
+async def test_groups_do_not_wait_for_each_others_places(server: ScriptedServer) -> None:
+    server.delay_s = 0.02
+    endpoint = SimpleNamespace(base_url=f"{server.url}/v1", api_key="default", base_model_name="base")
+    async with (
+        RewardClient(server.url) as client,
+        Roller(
+            endpoint=endpoint, reward_client=client, max_completion_tokens=20, context_tokens=100, concurrency=5
+        ) as roller,
+    ):
+        rolling = [roller.group(prompt(number), SAMPLING, 3) for number in range(4)]
+        groups = await asyncio.wait_for(asyncio.gather(*rolling), timeout=20)
+        # A group that is given up gives its places back, also where it holds only a part of them.
+        given_up = [asyncio.ensure_future(roller.group(prompt(number), SAMPLING, 3)) for number in range(3)]
+        await asyncio.sleep(0.01)
+        for one in given_up:
+            one.cancel()
+        groups.append(await asyncio.wait_for(roller.group(prompt(9), SAMPLING, 5), timeout=20))
+    assert [len(group.rollouts) for group in groups] == [3, 3, 3, 3, 5]
 
 
 async def test_both_judges_are_asked_at_the_same_time(server: ScriptedServer) -> None:
@@ -272,16 +308,27 @@ async def test_answers_without_logprobs_are_unusable(server: ScriptedServer) -> 
         )
 
     server.policy = without
-    [group] = await roll(server, size=1)
-    assert group.failures[0].reason == "policy: ServiceRejected"
+    [group] = await roll(server, size=2)
+    assert [failure.reason for failure in group.failures] == ["policy: ServiceRejected"] * 2
     assert "log-probabilities" in group.failures[0].message
+
+
+async def test_a_choice_without_logprobs_leaves_the_others_of_its_request_alone(server: ScriptedServer) -> None:
+    def one_without(body: dict[str, Any]) -> Response:
+        answer = server._completion("A title", body)
+        answer["choices"][1]["logprobs"] = {"content": []}
+        return Response(json.dumps(answer), media_type="application/json")
+
+    server.policy = one_without
+    [group] = await roll(server, size=3)
+    assert [failure.reason for failure in group.failures] == ["policy: ServiceRejected"]
+    assert len(group.rollouts) == 2 and len(asked_of(server, "policy")) == 1
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
 async def test_a_blank_title_is_the_policys_own_failure(server: ScriptedServer, text: str) -> None:
-    titles = itertools.cycle([text, "A title"])
-    server.policy = lambda body: next(titles)
-    [group] = await roll(server, size=2, concurrency=1)
+    server.policy = [text, "A title"]
+    [group] = await roll(server, size=2)
     blank, good = sorted(group.rollouts, key=lambda rollout: rollout.length)
     assert (blank.empty, blank.reward) == (True, 0.0)
     assert good.reward == 2.5
@@ -313,14 +360,14 @@ async def test_a_group_roller_asks_the_same_of_the_same_servers_in_another_proce
     titles = [[(rollout.title, rollout.reward) for rollout in group.rollouts] for group in groups]
     assert titles[0] == titles[1] and len(titles[0]) == 3
     asked = asked_of(server, "policy")
-    assert sorted(one["seed"] for one in asked[:3]) == sorted(one["seed"] for one in asked[3:])
+    assert len(asked) == 2 and asked[0] == asked[1]
 
 
 async def test_a_prompt_that_leaves_no_room_is_never_sent(server: ScriptedServer) -> None:
     groups = await roll(server, prompts=[prompt(1, tokens=80), prompt(2, tokens=81)], size=2)
     assert len(groups[0].rollouts) == 2
     assert [failure.reason for failure in groups[1].failures] == [f"prompt: {DataError.__name__}"] * 2
-    assert len(asked_of(server, "policy")) == 2
+    assert len(asked_of(server, "policy")) == 1
 
 
 async def test_a_server_that_is_not_there(server: ScriptedServer) -> None:
@@ -335,8 +382,9 @@ async def test_a_server_that_is_not_there(server: ScriptedServer) -> None:
             retries=1,
         )
         async with roller:
-            with pytest.raises(ServiceUnavailable, match="rollout_concurrency"):
-                await roller.rollout(prompt(), SAMPLING, 0)
+            group = await roller.group(prompt(), SAMPLING, 2)
+    assert [failure.reason for failure in group.failures] == [f"policy: {ServiceUnavailable.__name__}"] * 2
+    assert "rollout_concurrency" in group.failures[0].message
 
 
 async def test_a_fault_of_this_program_is_raised(server: ScriptedServer) -> None:

@@ -178,7 +178,8 @@ def _generations(
 ) -> list[Generation]:
     # numpy takes no negative seeds, OpenAI's interface does.
     seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
-    return [Generation(prompt, limit, (seed, index), body.temperature, stop) for index in range(body.n)]
+    # The choices' seeds follow one another, as vLLM's do.
+    return [Generation(prompt, limit, (seed + index,), body.temperature, stop) for index in range(body.n)]
 
 
 async def _ask(worker: SamplingWorker, job: Job, request: Request) -> Answer:

@@ -111,9 +111,8 @@ class CpuGeneration:
                 f"The model reads {self._decoder.context} tokens, but a prompt of {longest} and a title of up to "
                 f"{self.max_completion_length} were asked for. Lower max_prompt_tokens or max_completion_tokens."
             )
-        # The seed is paired as the CPU service's server does it for a request of one completion.
         requests = [
-            Generation(tuple(prompt), self.max_completion_length, (seed, 0), stop=self._stop)
+            Generation(tuple(prompt), self.max_completion_length, (seed,), stop=self._stop)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return generate(self._decoder, requests, self._cores)
