@@ -201,9 +201,7 @@ async def test_a_server_left_one_adapter_behind_stops_the_run(
         return metrics
 
     session.train = update_but_serve_the_old_adapter  # type: ignore[method-assign]
-    with pytest.raises(
-        SamplerDisagrees, match=r"policy@2 has not followed the trainer.* a share of 0\.0"
-    ):
+    with pytest.raises(SamplerDisagrees, match=r"policy@2 has not followed the trainer.* a share of 0\.0"):
         await train(asked, session=session, state=None, tracker=open_tracker(asked))
     assert sorted(journal_of(asked.run_dir).rows()) == [0, 1]
 
