@@ -90,7 +90,7 @@ test-containers: .venv/.test-ready
 test-gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -rs tests/gpu
 
-# make bench : measure the reward server (about ten minutes on two cores); BENCH_ARGS="--quick" for one
+# make bench : measure the reward server (about twenty minutes on two cores); BENCH_ARGS="--quick" for one
 bench: .venv/.test-ready
 	$(BIN)/python -m bench.reward_server $(BENCH_ARGS)
 
