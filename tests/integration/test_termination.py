@@ -7,13 +7,20 @@ import os
 import signal
 from collections.abc import Iterator
 
+import anyio
 import pytest
 from prefect import flow
 from prefect.exceptions import TerminationSignal
 
 from flows.termination import no_sigterm_lost
 
-WHERE = ("the flow's own task", "a callback", "a task that nobody waits for")
+WHERE = (
+    "the flow's own task",
+    "a callback",
+    "a task that nobody waits for",
+    "a task group",
+    "a task group whose error is told in a callback",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +39,17 @@ async def terminate_soon() -> None:
     terminate()
 
 
+async def terminate_in_a_group() -> None:
+    # anyio's, which HTTP clients connect in.
+    async with anyio.create_task_group() as group:
+        group.start_soon(terminate_soon)
+
+
+def tell(task: asyncio.Task[None]) -> None:
+    if (error := task.exception()) is not None:
+        raise error
+
+
 @flow(name="waiting")
 async def wait_long(where: str) -> None:
     async with no_sigterm_lost():
@@ -39,9 +57,13 @@ async def wait_long(where: str) -> None:
             terminate()
         elif where == WHERE[1]:
             asyncio.get_running_loop().call_soon(terminate)
-        else:
+        elif where == WHERE[2]:
             _ = asyncio.create_task(terminate_soon())
             del _
+        elif where == WHERE[3]:
+            await terminate_in_a_group()
+        else:
+            asyncio.create_task(terminate_in_a_group()).add_done_callback(tell)
         await asyncio.sleep(60)
 
 
