@@ -29,26 +29,30 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return own
 
 
-def test_the_outer_function_has_the_time_and_a_part_is_counted_besides(clock: Clock) -> None:
+def test_the_outer_function_has_the_time_but_for_what_is_timed_apart(clock: Clock) -> None:
     watch = Stopwatch()
-    sleep = watch.timed("sleep", clock.pass_, part=True)
+    sleep = watch.timed("sleep", clock.pass_, apart=True)
     sync = watch.timed("sync", lambda: (clock.pass_(4.0), sleep(1.0)))
 
     def generate() -> float:
         sync()
         return clock.pass_(2.0)
 
+    def seconds() -> list[float]:
+        return [watch.seconds[name] for name in ("write", "sync", "sleep")]
+
     write = watch.timed("write", generate)
     assert write() == 7.0
-    assert [watch.seconds[name] for name in ("write", "sync", "sleep")] == [7.0, 0.0, 1.0]
+    assert seconds() == [6.0, 0.0, 1.0]
     sync()
-    assert [watch.seconds[name] for name in ("write", "sync", "sleep")] == [7.0, 5.0, 2.0]
+    assert seconds() == [6.0, 4.0, 2.0]
+    assert sum(seconds()) == clock.now, "nothing is counted twice and nothing left out"
     watch.seconds.clear()
-    assert [watch.seconds[name] for name in ("write", "sync", "sleep")] == [0.0, 0.0, 0.0]
-    # A part by itself does not keep others from being timed.
+    assert seconds() == [0.0, 0.0, 0.0]
+    # By itself it does not keep others from being timed.
     sleep(3.0)
     sync()
-    assert [watch.seconds[name] for name in ("sync", "sleep")] == [5.0, 4.0]
+    assert seconds() == [0.0, 4.0, 4.0]
 
 
 def test_an_error_ends_the_time_too(clock: Clock) -> None:

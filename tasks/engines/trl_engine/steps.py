@@ -78,8 +78,8 @@ class StepCallback(TrainerCallback):
         generation.sync_weights = self._watch.timed("sync", generation.sync_weights)
         vllm = getattr(generation, "llm", None)
         if vllm is not None:  # in this process
-            vllm.sleep = self._watch.timed("sleep", vllm.sleep, part=True)
-            vllm.wake_up = self._watch.timed("sleep", vllm.wake_up, part=True)
+            vllm.sleep = self._watch.timed("sleep", vllm.sleep, apart=True)
+            vllm.wake_up = self._watch.timed("sleep", vllm.wake_up, apart=True)
 
     def start(self) -> None:
         """Validate the untrained adapter and commit it as checkpoint 0."""
@@ -127,7 +127,7 @@ class StepCallback(TrainerCallback):
             names.TRAIN_EMPTY_BATCHES: float(not trainable(groups)),
             names.TIME_ROLLOUT: rollout,
             names.TIME_JUDGE: judged.seconds,
-            names.TIME_TRAIN: seconds - rollout - self._watch.seconds["save"] - self._watch.seconds["sync"],
+            names.TIME_TRAIN: seconds - rollout - sum(self._watch.seconds[part] for part in ("save", "sync", "sleep")),
             names.TIME_SAVE: self._watch.seconds["save"],
             names.TIME_SYNC: self._watch.seconds["sync"],
             names.TIME_SLEEP: self._watch.seconds["sleep"],
