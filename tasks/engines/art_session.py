@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 BASE_MODEL_NAME = "base"
 # The ranks that vLLM reserves room for; its default is 16.
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+# What vLLM reads in one pass where it has no server. Its server reads half of that or less, so that the first of many
+# users waits less; here all wait for the last title, and every pass over prompts costs the host the launches of some
+# thousand kernels.
+VLLM_PASS_TOKENS = 16384
 # The batch sizes, in tokens, that vLLM itself captures CUDA graphs of.
 VLLM_GRAPHS = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
 
@@ -290,6 +294,7 @@ def gpu_config(profile: Profile, context_tokens: int, packed: int | None) -> Any
         engine_args=art.dev.EngineArgs(
             gpu_memory_utilization=profile.art.vllm_memory_share,
             max_model_len=context_tokens,
+            max_num_batched_tokens=VLLM_PASS_TOKENS,
             dtype="bfloat16",  # Unsloth's, whatever the files hold
             max_lora_rank=_vllm_rank(profile.lora_rank),
             # vLLM's own argument for the list is lost on the command line that ART makes: the last size alone counts.

@@ -242,15 +242,16 @@ async def test_prompts_beyond_the_context_are_refused_at_the_start(tmp_path: Pat
             pass
 
 
-@pytest.mark.parametrize("name", ["qwen-0.5b", "qwen-7b"])
-def test_what_art_is_told_on_a_gpu(name: str) -> None:
+@pytest.mark.parametrize(("name", "share"), [("qwen-0.5b", 0.75), ("qwen-7b", 0.6)])
+def test_what_art_is_told_on_a_gpu(name: str, share: float) -> None:
     own = load_profile(name)
     check_art_settings(own)
     config = gpu_config(own, 8448, 8704)
     assert config["init_args"] == {"max_seq_length": 8704, "load_in_4bit": False}
     assert config["engine_args"] == {
-        "gpu_memory_utilization": 0.75,
+        "gpu_memory_utilization": share,
         "max_model_len": 8448,
+        "max_num_batched_tokens": 16384,
         "dtype": "bfloat16",
         "max_lora_rank": 16,
         "compilation_config": {"cudagraph_capture_sizes": graph_sizes(own.rollout_concurrency)},

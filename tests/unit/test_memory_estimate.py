@@ -104,11 +104,20 @@ def test_a_model_of_another_layout_is_not_guessed_at(config: dict[str, Any], exp
 
 
 def test_a_share_that_weights_fill_leaves_no_cache() -> None:
-    found = shape(QWEN_SEVEN)
-    assert vllm_cache(found, 16 * GB, 8_448).tokens == 0
-    roomy = vllm_cache(found, 60 * GB, 8_448)
-    assert roomy.tokens == int((60 * GB - 2 * 7_615_616_512 - 2 * GB) / 57_344)
-    assert roomy.at_once == pytest.approx(roomy.tokens / 8_448)
+    assert vllm_cache(shape(QWEN_SEVEN), 16 * GB, 8_448).tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "share", "longest", "tokens"),
+    [(QWEN_HALF, 0.75, 2_296, 4_862_625), (QWEN_SEVEN, 0.6, 8_448, 567_056)],
+    ids=["0.5b", "7b"],
+)
+def test_the_cache_is_nearly_what_vllm_has_on_an_h100(
+    config: dict[str, Any], share: float, longest: int, tokens: int
+) -> None:
+    found = vllm_cache(shape(config), share * 79.18 * 2**30, longest)
+    assert found.tokens == pytest.approx(tokens, rel=0.02)
+    assert found.at_once == pytest.approx(tokens / longest, rel=0.02)
 
 
 def test_logits_and_activations_are_counted_as_said() -> None:
