@@ -118,6 +118,8 @@ class Hog:
         self._thread = threading.Thread(target=self._take, daemon=True)
 
     def __enter__(self) -> Hog:
+        # CUDA starts here: it did not, for a minute, beside a process that kept asking for the free memory.
+        torch.cuda.mem_get_info()
         self._thread.start()
         return self
 

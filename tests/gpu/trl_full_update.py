@@ -33,7 +33,7 @@ def begin_without_memory(run_dir: Path) -> None:
         (run_dir / BEGINS).touch()
         given_up = time.monotonic() + _PATIENCE_S
         while torch.cuda.mem_get_info()[0] > _FULL and time.monotonic() < given_up:
-            time.sleep(0.01)
+            time.sleep(0.1)
         return compute_loss(trainer, *arguments, **options)
 
     GRPOTrainer.compute_loss = without_memory
