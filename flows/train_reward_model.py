@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.form import Day, Epochs, LearningRate, MaxSteps, Overrides, ProfileName, RunName, Stories, filled_in
 from flows.progress import tell
+from flows.termination import no_sigterm_lost
 from tasks.reward_model import label_stories, show_reward_model, store_reward_model, train_classifier
 from tasks.reward_training.report import RewardModelReport
 from tasks.reward_training.runs import open_reward_run
@@ -52,8 +53,9 @@ async def train_reward_model(
         tell("stories", 0)
         labelled = label_stories(run.profile)
         tell("stories", 1, 1, labelled.as_line())
-        with peak_memory_of(run):
-            trained = await train_classifier(run, labelled, tracker, tell)
+        async with no_sigterm_lost():
+            with peak_memory_of(run):
+                trained = await train_classifier(run, labelled, tracker, tell)
         report = store_reward_model(run, labelled, trained, tracker)
         await show_reward_model(report, links(run, tracker))
         run.update(state="trained")
