@@ -18,6 +18,13 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response
 
 ENGINE = "import time; time.sleep(600)  # vLLM's engine"
+# Two lines of vLLM 0.22.1 that name errors and mean none.
+WARNINGS = (
+    "(APIServer pid=1) WARNING 11-23 15:20:15 [system_utils.py:299] Found ulimit of 20000. This can cause fd limit "
+    "errors like `OSError: [Errno 24] Too many open files`. Consider increasing with ulimit -n\n"
+    "(EngineCore pid=2) [rank0]:W1123 15:31:02.743000 2 torch/_inductor/remote_cache.py:372] RuntimeError: redis not "
+    "available but required for remote cache\n"
+)
 FULL = "ValueError: Free memory on device cuda:0 (3.1/79.2 GiB) on startup is less than desired"
 
 
@@ -51,7 +58,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     options, _ = parser.parse_known_args()
     if os.environ.get("VLLM_DOUBLE_FULL"):
-        sys.exit(f"(EngineCore) ERROR {FULL}\n" + "(APIServer) in a long traceback\n" * 30)
+        sys.exit(f"{WARNINGS}(EngineCore) ERROR {FULL}\n" + "(APIServer) in a long traceback\n" * 30)
     # In the server's process group, as vLLM's own engine is.
     subprocess.Popen([sys.executable, "-c", ENGINE])
     uvicorn.run(build_app(), host="127.0.0.1", port=options.port)

@@ -39,6 +39,8 @@ END_PATIENCE_S = 10.0
 CONTINUES = "The same command continues from the last checkpoint."
 # In vLLM's log the reason stands before the traceback of the process that waited for it.
 _REASON = re.compile(r"\b\w*(?:Error|Exception): .+")
+# A warning of vLLM's, and one of PyTorch's own logger, which comes before it does without what it misses.
+_WARNING = re.compile(r"\bWARNING \d\d-\d\d |\bW\d{4} \d\d:")
 _REASONS, _LOG_BYTES = 2, 256 * 1024
 
 
@@ -209,4 +211,5 @@ def _reasons(log: Path) -> list[str]:
             written = file.read().decode("utf-8", "replace")
     except OSError:
         return []
-    return list(dict.fromkeys(_REASON.findall(written)))[:_REASONS]
+    told = "\n".join(line for line in written.splitlines() if not _WARNING.search(line))
+    return list(dict.fromkeys(_REASON.findall(told)))[:_REASONS]
