@@ -13,11 +13,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.gpu_measures import Measured, Plain, do_parts, measured, rates
+from bench.gpu_memory import told
 from bench.gpu_watch import GpuWatch
-from tasks.engines.contract import TrainingRequest
+from tasks.engines.contract import Progress, TrainingRequest
 from tasks.engines.resume import stored_state
 from tasks.titles.config import override_profile
 from tasks.titles.story import Prompt
@@ -53,16 +55,24 @@ async def measure_art(
             found["register_s"] = round(time.monotonic() - started, 1)
             say("registered after", found["register_s"], "s")
             service = await session.backend._get_service(session.model)
+            folder = Path(service.output_dir)
 
             async def ours(kind: str, until: int) -> None:
                 own = replace(request, profile=override_profile(request.profile, [f"max_steps={until}"]))
                 since = time.time()
+
+                def show(progress: Progress) -> None:
+                    memory = told(folder).get(progress.step, {})
+                    say(kind, "step", progress.step, rates(progress.metrics), memory)
+                    if memory and (progress.step % 5 == 0 or progress.step == until):
+                        found.setdefault("memory", {})[str(progress.step)] = memory
+
                 await train(
                     own,
                     session=session,
                     state=stored_state(request.run_dir, "art"),
                     tracker=Plain(),
-                    on_progress=lambda progress: say(kind, "step", progress.step, rates(progress.metrics)),
+                    on_progress=show,
                 )
                 found[kind] = measured(request, watch, since=since, steps=range(until - steps + 1, until + 1))
                 say(kind, found[kind].told())

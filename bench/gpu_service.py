@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # First: it imports ART, and with it Unsloth, before everything that Unsloth rewrites.
@@ -17,6 +18,7 @@ from tasks.engines.gpu.service import TellingService, UnslothService, _optimizer
 import torch
 from art.preprocessing.pack import DiskPackedTensors
 
+from bench.gpu_memory import tell
 from bench.gpu_proof import compare
 
 
@@ -33,6 +35,11 @@ class MeasuredService(TellingService):
         self.alone = True
         async for result in UnslothService.train(self, *arguments):
             yield result
+
+    async def _train_at_once(self, *arguments: Any) -> dict[str, float]:
+        metrics = await super()._train_at_once(*arguments)
+        tell(Path(self.output_dir), self._latest_step)
+        return metrics
 
     async def _reload_adapter(self, checkpoint_path: str, step: int) -> None:
         service = UnslothService if self.alone else TellingService

@@ -6,15 +6,14 @@ The loop's own steps also tell what memory each of them took: `--steps 50` shows
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from bench.gpu_measures import WARM_UP, BareStep, Measured, Plain, do_parts, measured, rates
+from bench.gpu_memory import told, whole_lines
 from bench.gpu_watch import GpuWatch
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.trl_engine import arguments
@@ -22,8 +21,6 @@ from tasks.engines.trl_engine.launch import train
 from tasks.engines.trl_engine.request_file import write_request
 from tasks.titles.child_process import ChildProcess
 
-MEMORY = "memory.jsonl"
-"""In the run's folder: a line of the trainer's process for each step."""
 _POLL_S = 0.25
 Say = Callable[..., None]
 
@@ -75,8 +72,7 @@ async def _ours(
 
     def show(progress: Any) -> None:
         seen.append(time.time())
-        taken = _memory(request.run_dir)
-        own = taken.get(progress.step, {})
+        own = told(request.run_dir).get(progress.step, {})
         on_gpu = watch.peak_gb(seen[-2], seen[-1]) if len(seen) > 1 else None
         say("ours step", progress.step, rates(progress.metrics), own, {"gpu_peak_gb": on_gpu})
         if progress.step % 5 == 0 or progress.step == steps:
@@ -113,7 +109,7 @@ async def _bare(request: TrainingRequest, watch: GpuWatch, say: Say, steps: int)
     try:
         while len(rows) < steps + WARM_UP:
             code = child.poll()
-            for row in _lines(out)[len(rows) :]:
+            for row in whole_lines(out)[len(rows) :]:
                 rows.append(row)
                 say("bare step", len(rows), row)
             if code is not None and len(rows) < steps + WARM_UP:
@@ -123,15 +119,3 @@ async def _bare(request: TrainingRequest, watch: GpuWatch, say: Say, steps: int)
         await asyncio.to_thread(child.stop)
     done = [BareStep(row["rollout_s"], row["train_s"], int(row["tokens"])) for row in rows[WARM_UP:]]
     return Measured.of_bare(request, done, watch, rows[WARM_UP - 1]["at"], rows[-1]["at"])
-
-
-def _memory(run_dir: Path) -> dict[int, dict[str, float]]:
-    return {int(row.pop("step")): row for row in _lines(run_dir / MEMORY)}
-
-
-def _lines(path: Path) -> list[dict[str, float]]:
-    """Return the whole lines of a file that another process writes."""
-    if not path.exists():
-        return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]

@@ -6,13 +6,10 @@ step a line tells what memory it took.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
-import torch
-
-from bench.gpu_trl import MEMORY
+from bench.gpu_memory import tell
 from tasks.engines.trl_engine import process
 from tasks.engines.trl_engine.steps import StepCallback
 from tasks.engines.trl_engine.validator import LocalValidator, Verdict
@@ -28,16 +25,7 @@ def tell_memory() -> None:
     commit = StepCallback._commit
 
     def tell_and_commit(callback: Any, state: Any, *arguments: Any) -> None:
-        if torch.cuda.is_available():
-            row = {
-                "step": state.cursor.step,
-                "allocated_gb": round(torch.cuda.memory_allocated() / 1e9, 3),
-                "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3),
-                "reserved_gb": round(torch.cuda.memory_reserved() / 1e9, 3),
-            }
-            with (callback._request.run_dir / MEMORY).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            torch.cuda.reset_peak_memory_stats()
+        tell(callback._request.run_dir, state.cursor.step)
         commit(callback, state, *arguments)
 
     StepCallback._commit = tell_and_commit  # type: ignore[assignment, method-assign]

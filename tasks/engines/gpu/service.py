@@ -163,6 +163,7 @@ class GpuService(UnslothService):
 
     @cached_property
     def _state(self) -> UnslothTrainContext:
+        _give_back_what_is_unused()
         state = cast(UnslothTrainContext, super()._state)
         folder = get_last_checkpoint_dir(self.output_dir)
         if folder is not None and get_step_from_dir(self.output_dir) > 0:
@@ -198,6 +199,17 @@ class GpuService(UnslothService):
 
 class TellingService(TellsFailures, GpuService):
     """What ART moves into a process of its own: `GpuService` with this project's errors."""
+
+
+def _give_back_what_is_unused() -> None:
+    """Have PyTorch take and give back memory page by page; before the weights come.
+
+    Else it takes one block for all weights, which a single small tensor keeps from being given back to vLLM when the
+    trainer makes room. ART turns this off for a vLLM in the same process; here it is in another, which inherits the
+    environment and cannot sleep with it.
+    """
+    if torch.cuda.is_available():
+        cast(Any, torch._C)._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _optimizer(state: UnslothTrainContext) -> torch.optim.Optimizer:
