@@ -113,7 +113,12 @@ def test_everything_starts_is_used_survives_a_death_and_ends(workplace: Path) ->
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_up_leaves_nothing(number: signal.Signals, workplace: Path) -> None:
-    process = start("up")
+    # Tests that run under nohup would hand on that this signal is ignored.
+    ours = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        process = start("up")
+    finally:
+        signal.signal(number, ours)
     assert process.stdout is not None
     assert any("reward server: starts" in line for line in process.stdout)
     assert len(processes_of(workplace)) >= 4, "itself and three services"
