@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from functools import partial
@@ -249,6 +250,10 @@ def check_data(profile: ProfileOption = "starter", set_: SetOption = None) -> No
 def main() -> None:
     """Run the command line; a user's mistake gives no traceback."""
     debug = "--debug" in sys.argv[1:]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So a script starts what it puts into the background. A termination, which is handled as an interruption, would
+        # do nothing either.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except HnTitlesError as error:
