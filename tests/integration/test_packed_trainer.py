@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
@@ -15,6 +17,7 @@ from art.preprocessing.pack import PackedTensors
 from cpu_parts import load_tokenizer, load_with_adapter, make_trainer, plain_logprobs
 from gradient_parts import UNCLIPPED, gradients, pack, random_groups, train
 from peft import PeftModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.engines.cpu.cores import Cores
 from tasks.engines.gpu.packed_trainer import PackedTrainer
@@ -43,8 +46,19 @@ def found_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_its_gradient_is_that_of_the_cpu_trainer(tmp_path: Path, cores: Cores, checkpointing: bool) -> None:
+def prepare_as_unsloth(model: PeftModel) -> None:
+    """Make gradient checkpointing ready, the reentrant way, and leave it off."""
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = False
+
+
+@pytest.mark.parametrize("prepare", [lambda model: None, prepare_as_unsloth])
+def test_its_gradient_is_that_of_the_cpu_trainer(
+    tmp_path: Path, cores: Cores, prepare: Callable[[PeftModel], None]
+) -> None:
     own = make_trainer(cores, UNCLIPPED, disturbance=0.02)
     own.save(tmp_path)
     packed = pack(random_groups(1, BODIES), tmp_path)
@@ -52,12 +66,16 @@ def test_its_gradient_is_that_of_the_cpu_trainer(tmp_path: Path, cores: Cores, c
     (expected,) = train(own, packed, kl_penalty_coef=0.1)
 
     model = load_with_adapter(tmp_path)
-    if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    prepare(model)
     trainer = packed_trainer(model)
+    passes: list[int] = []
+    layers: Any = model.get_base_model().model.layers
+    for number, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: passes.append(number))
     configs = build_rl_train_configs(learning_rate=0.0, kl_penalty_coef=0.1)
     parts = trainer.gradients(packed, *configs)
+    # The reference, the policy, and the policy again in the backward pass: it keeps no layer's work.
+    assert Counter(passes) == dict.fromkeys(range(len(layers)), 3 * len(parts))
     assert sum(part.loss for part in parts) == pytest.approx(expected["loss/train"], rel=1e-4)
     assert sum(part.entropy for part in parts) == pytest.approx(expected["loss/entropy"], rel=1e-4)
     assert sum(part.divergence for part in parts) == pytest.approx(expected["loss/kl_policy_ref"], abs=1e-5)

@@ -14,6 +14,7 @@ from art.preprocessing.pack import PackedTensors
 from art.types import TrainConfig
 from peft import PeftModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tasks.engines.adapter_files import trained_weights
 from tasks.engines.packed_update import (
@@ -47,6 +48,7 @@ class PackedTrainer:
         language_model: Any = model.get_base_model()
         self._decoder = language_model.model
         self._head: torch.nn.Linear = language_model.get_output_embeddings()
+        _recompute_layers(language_model)
 
     def update(self, packed: PackedTensors, config: TrainConfig, dev_config: DevTrainConfig) -> dict[str, float]:
         """Make one optimiser update over all assistant tokens of all sequences, and return its metrics.
@@ -128,6 +130,19 @@ class PackedTrainer:
         finally:
             self._decoder.training = True
             self._decoder._unsloth_allow_packed_overlength = False
+
+
+def _recompute_layers(language_model: Any) -> None:
+    """Have a backward pass compute each layer again, instead of the forward pass keeping all that it computed.
+
+    Unsloth leaves this off until its own training has begun, which here it never does. At 0.5B's size an update of
+    8 x 2,000 tokens then held 15 GB instead of 6.5.
+    """
+    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not all(hasattr(layer, "_gradient_checkpointing_func") for layer in layers):
+        language_model.gradient_checkpointing_enable()
+    for layer in layers:
+        layer.gradient_checkpointing = True
 
 
 @contextmanager
