@@ -1,12 +1,13 @@
 """TRL's engine on a GPU with vLLM in its process, and the reward server beside it: learns, and survives full memory.
 
-One training in two sittings: the first step's update finds no memory, and the same command makes two steps. `-s`
-shows the figures.
+One training in two sittings: the first step's update finds no memory, and the same command makes two steps. Another
+with Unsloth in the trainer. `-s` shows the figures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,7 +66,18 @@ def test_full_memory_in_the_update_stops_the_run_with_its_reason(failed: Failed)
 
 
 def test_the_same_command_makes_two_steps_and_the_canary_holds(failed: Failed) -> None:
-    asked, before = failed.asked, pids_on_gpu()
+    makes_two_steps(failed.asked)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed here")
+def test_unsloth_in_the_trainer_makes_two_steps_and_the_canary_holds(tmp_path: Path, judge_on_gpu: str) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    makes_two_steps(request("trl", run_dir, judge_on_gpu, *SETTINGS, "trl.unsloth=true"))
+
+
+def makes_two_steps(asked: TrainingRequest) -> None:
+    before = pids_on_gpu()
     told: list[int] = []
     result = asyncio.run(
         launch.train(asked, tracker=PlainTracker(), on_progress=lambda progress: told.append(progress.step))
