@@ -90,6 +90,7 @@ def _count(tokenizer: PreTrainedTokenizerBase, bodies: Sequence[str]) -> list[in
     encoded: Any = tokenizer.apply_chat_template(
         chats,
         add_generation_prompt=True,
+        return_dict=False,
         tokenizer_kwargs={"verbose": False},  # no warning about long prompts: counting them is the point
     )
-    return [len(row) for row in encoded["input_ids"]]
+    return [len(row) for row in encoded]

@@ -154,6 +154,22 @@ def test_the_lengths_differ_enough_to_need_padding(ragged: tuple[list[Pair], lis
     assert max(lengths) > 5 * min(lengths)
 
 
+@pytest.mark.parametrize("default", [True, False])
+def test_the_tokenizer_may_answer_with_a_dict_by_default_or_with_a_list(
+    base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, default: bool
+) -> None:
+    expected = LocalValidator(base, load_tokenizer()).judge(PAIRS[:2])
+    tokenizer = load_tokenizer()
+    render = tokenizer.apply_chat_template
+    # As Unsloth does, with False.
+    monkeypatch.setattr(
+        tokenizer,
+        "apply_chat_template",
+        lambda *chats, **options: render(*chats, **{"return_dict": default, **options}),
+    )
+    assert LocalValidator(base, tokenizer).judge(PAIRS[:2]) == expected
+
+
 def test_nothing_to_judge(base: PreTrainedModel) -> None:
     assert LocalValidator(base, load_tokenizer()).judge([]) == []
 

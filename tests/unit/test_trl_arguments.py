@@ -17,6 +17,7 @@ from processes import wait_until_gone
 from tasks.engines.cpu.settings import CpuSettings
 from tasks.engines.trl_engine.arguments import (
     PROCESS,
+    SAID_TO_UNSLOTH,
     check_trl_settings,
     grpo_arguments,
     launch_command,
@@ -148,7 +149,7 @@ COLOCATE = {
         (["trl.vllm_sleep=false"], {**COLOCATE, "vllm_enable_sleep_mode": False}),
         (["devices=2"], {**COLOCATE, "ddp_find_unused_parameters": False}),
         (["trl.vllm_mode=server"], {"vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:8000"}),
-        (["trl.unsloth=true"], {"vllm_mode": "colocate"}),
+        (["trl.unsloth=true"], {"vllm_mode": "colocate", "vllm_importance_sampling_correction": True}),
     ],
 )
 def test_a_gpu_generates_with_vllm(overrides: list[str], expected: dict[str, Any]) -> None:
@@ -164,6 +165,22 @@ def test_a_gpu_generates_with_vllm(overrides: list[str], expected: dict[str, Any
     assert own == expected
     assert (chosen["use_vllm"], chosen["bf16"], chosen["gradient_checkpointing"]) == (True, True, True)
     assert "use_cpu" not in chosen
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "cispo"])
+def test_unsloth_is_told_what_trl_does_by_itself(loss: str) -> None:
+    from trl import GRPOConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+    assert defaults["epsilon_high"] is None, "it is epsilon then"
+    defaults["epsilon_high"] = 5.0 if loss == "cispo" else defaults["epsilon"]
+    told = arguments(qwen("trl.unsloth=true", f"loss.trl={loss}"))
+    assert SAID_TO_UNSLOTH.keys() <= told.keys()
+    assert {name: told[name] for name in SAID_TO_UNSLOTH} == {name: defaults[name] for name in SAID_TO_UNSLOTH}
+    plain = arguments(qwen(f"loss.trl={loss}"))
+    assert {name: value for name, value in told.items() if name not in SAID_TO_UNSLOTH} == {
+        name: value for name, value in plain.items() if name in told and name not in SAID_TO_UNSLOTH
+    }
 
 
 def test_both_engines_train_the_same_adapter_with_the_same_optimiser() -> None:

@@ -20,6 +20,13 @@ PROCESS = "tasks.engines.trl_engine.process"
 CISPO_LARGEST_RATIO = 5.0
 """Where CISPO cuts the importance ratio: ART's bound (1 + 4), and the one TRL recommends. TRL's own default is 0.2,
 meant for the other losses; under CISPO it would multiply every gradient by 0.2."""
+SAID_TO_UNSLOTH = {
+    "mask_truncated_completions": False,
+    "epsilon_high": 0.2,
+    "vllm_importance_sampling_correction": True,
+}
+"""What TRL does where nothing is said. Unsloth would leave titles out that were cut off, clip at 0.28, and not correct
+the loss for what sampler and trainer differ by."""
 
 
 def check_trl_settings(profile: Profile, *, vllm_server_url: str | None = None) -> None:
@@ -145,12 +152,12 @@ def grpo_arguments(
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
     }
-    if profile.loss.trl == "cispo":
-        arguments["epsilon_high"] = CISPO_LARGEST_RATIO
     if profile.devices > 1:
         # Every pass uses every LoRA weight; the search for unused ones walks the whole graph at each pass.
         arguments["ddp_find_unused_parameters"] = False
     arguments |= _cpu_arguments() if profile.device == "cpu" else _cuda_arguments(profile, vllm_server_url)
+    if profile.loss.trl == "cispo":
+        arguments["epsilon_high"] = CISPO_LARGEST_RATIO
     return arguments
 
 
@@ -171,7 +178,7 @@ def _cuda_arguments(profile: Profile, vllm_server_url: str | None) -> dict[str, 
         return {**arguments, "vllm_server_base_url": vllm_server_url, "vllm_group_port": free_port()}
     if profile.trl.unsloth:
         # Unsloth makes the engine with the model, where its share of the memory and its length are given.
-        return arguments
+        return {**arguments, **SAID_TO_UNSLOTH}
     return {
         **arguments,
         "vllm_gpu_memory_utilization": profile.trl.vllm_memory_share,

@@ -100,9 +100,12 @@ class LocalValidator:
         if not chats:
             return []
         encoded: Any = self._tokenizer.apply_chat_template(
-            [list(chat) for chat in chats], add_generation_prompt=True, tokenizer_kwargs={"verbose": False}
+            [list(chat) for chat in chats],
+            add_generation_prompt=True,
+            return_dict=False,  # Unsloth changes the default
+            tokenizer_kwargs={"verbose": False},
         )
-        return list(encoded["input_ids"])
+        return list(encoded)
 
     def _last_logits(self, rows: Sequence[_Row]) -> torch.Tensor:
         """Return float32 logits (chats by vocabulary, on the CPU) of the token that follows each chat of the rows."""
