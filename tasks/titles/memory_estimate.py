@@ -27,7 +27,7 @@ CUDA_PROCESS = 0.7 * GB
 and GPUs differ between 0.3 and 1 GB."""
 VLLM_WORK = 3.0 * GB
 """What vLLM keeps of its share besides weights and cache: its widest pass, graphs and CUDA. With vLLM 0.22.1 on an
-H100, reading 8,192 tokens in a pass, it was 2.8 GB at Qwen2.5-0.5B's size and 3.0 GB at 7B's."""
+H100, reading 8,192 or 16,384 tokens in a pass, it was 2.8 GB at Qwen2.5-0.5B's size and 3.0 GB at 7B's."""
 VLLM_ASLEEP = 0.8 * GB
 """What a sleeping vLLM leaves on the GPU: 0.8 GB, measured with vLLM 0.22.1 on an H100."""
 RESERVE = 4 * 2**30
