@@ -50,6 +50,13 @@ LEAST_MOVED = 0.5
 Rounding is not all chance: a server that is a little too sure of every token, and an update that makes every token a
 little less likely, would look like a server that stays behind. A bias of the rounding cannot do that to a move of its
 own size."""
+LEAST_MOVED_NATS = 1e-4
+"""How far it must have moved on average in any case, in nats.
+
+A sampler that computes as the trainer does has its values to the last bit, whatever rounding did to both: its distance
+then says nothing of it. And an adapter merged into float32 weights does not change by an update so small that the
+trainer, which keeps the two apart, only rounds differently because of it (by 1e-6 nats, with the starter model).
+Titles of weights that are nearer than this are as good as the new ones'."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ def _followed(served: Sequence[float], before: Sequence[float], after: Sequence[
     moved, old, new = (_apart(*two) for two in ((before, after), (served, before), (served, after)))
     found = nearer_to_the_new(served, before, after)
     # The smaller distance is rounding alone, whichever weights the server holds.
-    if found is None or moved < LEAST_MOVED * min(old, new):
+    if found is None or moved < max(LEAST_MOVED * min(old, new), LEAST_MOVED_NATS):
         return None
     followed, standard_error = found
     if followed < 0.5 - STANDARD_ERRORS * standard_error:

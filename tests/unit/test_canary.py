@@ -107,6 +107,16 @@ def test_a_bias_of_the_rounding_is_not_taken_for_an_old_adapter() -> None:
     assert follows(served.tolist(), before.tolist(), after.tolist())
 
 
+@pytest.mark.parametrize(("moved", "may_go_on"), [(1e-6, True), (1e-3, False)])
+def test_a_server_equal_to_the_bit_is_old_only_if_the_trainer_moved_by_more_than_rounding(
+    moved: float, may_go_on: bool
+) -> None:
+    chance = np.random.default_rng(5)
+    before = chance.uniform(-10, 0, size=TOKENS)
+    after = before + moved * chance.normal(size=TOKENS)
+    assert follows(before.tolist(), before.tolist(), after.tolist()) == may_go_on
+
+
 def test_updates_that_rounding_hides_are_told_once_they_have_added_up() -> None:
     chance = np.random.default_rng(4)
     trainer = chance.uniform(-10, 0, size=TOKENS)
