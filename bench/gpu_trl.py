@@ -1,4 +1,4 @@
-"""Measures TRL on one GPU: this project's loop and a bare `GRPOTrainer`, each in a process of its own.
+"""Measures TRL on one GPU: this project's loop, vLLM's offline throughput and a bare `GRPOTrainer`, each in a process.
 
 The loop's own steps also tell what memory each of them took: `--steps 50` shows whether it grows.
 """
@@ -53,7 +53,7 @@ async def measure_trl(
         found["offline"] = await asyncio.to_thread(measure_offline)
         say("offline", found["offline"])
 
-    parts = {"ours": ours} | ({"bare": bare} if bare_steps else {}) | {"offline": offline}
+    parts = {"ours": ours, "offline": offline} | ({"bare": bare} if bare_steps else {})
     await do_parts(parts, found, say, keep)
 
 
