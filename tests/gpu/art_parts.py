@@ -152,10 +152,10 @@ async def die(sitting: Sitting, session: ArtSession) -> None:
     sitting.seen["killing"] = asyncio.create_task(kill())
 
 
-def art_request(run_dir: Path, reward_model_url: str) -> TrainingRequest:
-    """Return the training that all sittings continue."""
+def art_request(run_dir: Path, reward_model_url: str, *overrides: str) -> TrainingRequest:
+    """Return the training that all sittings continue, or with `overrides` one like it."""
     settings = (f"max_steps={STEPS}", "groups_per_step=4", "updates_per_step=one", f"learning_rate.art={LEARNING_RATE}")
-    return request("art", run_dir, reward_model_url, *settings)
+    return request("art", run_dir, reward_model_url, *settings, *overrides)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 One training in three sittings, which the tests look at: two steps, then vLLM is killed among the third's rollouts;
 the third again, and its update finds no memory; the third once more, and the whole process is killed among the
-fourth's rollouts. `-s` shows the figures.
+fourth's rollouts. Where there are two GPUs another has one each for trainer and vLLM. `-s` shows the figures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from statistics import mean
 import httpx
 import psutil
 import pytest
+import torch
 from art_parts import SITTING_S, STARTED, STEPS, Act, Sitting, art_request, compare_weights, fill_memory, kill_server
 from gpu_parts import needs, pids_on_gpu, rows_of, show, start_vllm_quickly, wait_until_gone
 
@@ -169,3 +170,21 @@ def test_a_process_killed_outright_leaves_nothing_and_had_continued(second: Ende
     rows = rows_of(second.sitting.asked)
     assert sorted(rows) == list(range(KILLED_AT + 1))
     assert rows[KILLED_AT][names.CANARY_MEAN_DIFFERENCE] <= second.sitting.asked.profile.canary_tolerance
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_with_a_gpu_each_for_trainer_and_vllm_the_canary_holds(tmp_path: Path, judge_on_gpu: str) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    before = pids_on_gpu()
+    sitting = Sitting(art_request(run_dir, judge_on_gpu, "art.trainer_gpus=[0]", "art.inference_gpus=[1]"))
+    with asyncio.Runner() as runner:
+        runner.run(sitting.sit({}))
+    assert sitting.ended is None
+    rows = rows_of(sitting.asked)
+    show("ART rows on two GPUs", rows)
+    assert sorted(rows) == list(range(STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert 0 <= rows[step][names.CANARY_MEAN_DIFFERENCE] <= sitting.asked.profile.canary_tolerance
+        assert rows[step][names.CANARY_FOLLOWED] > 0.6, "it can be told that the server holds the new adapter"
+    assert wait_until_gone(sitting.processes, before, 2.0) == []

@@ -1,7 +1,7 @@
 """TRL's engine on a GPU with vLLM in its process, and the reward server beside it: learns, and survives full memory.
 
-One training in two sittings: the first step's update finds no memory, and the same command makes two steps. Another
-with Unsloth in the trainer. `-s` shows the figures.
+One training in two sittings: the first step's update finds no memory, and the same command makes two steps. Others
+with Unsloth in the trainer, with two GPUs where there are two, and a vLLM server alone. `-s` shows the figures.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from gpu_parts import Hog, PlainTracker, needs, pids_on_gpu, request, rows_of, show, wait_until_gone
+from transformers import AutoModelForCausalLM
 from trl_full_update import BEGINS
 
+from tasks.engines.canary import canary_prompt, compare
 from tasks.engines.contract import TrainingRequest
 from tasks.engines.gpu.failures import family
 from tasks.engines.resume import adapter_folder, stored_state
 from tasks.engines.trl_engine import arguments, launch
+from tasks.engines.trl_engine.vllm_server import open_vllm_server
 from tasks.titles import metric_names as names
 from tasks.titles.errors import OutOfMemory
+from tasks.titles.tokens import load_tokenizer
 
 pytestmark = needs("trl", "vllm")
 HERE = Path(__file__).parent
@@ -74,6 +79,49 @@ def test_unsloth_in_the_trainer_makes_two_steps_and_the_canary_holds(tmp_path: P
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     makes_two_steps(request("trl", run_dir, judge_on_gpu, *SETTINGS, "trl.unsloth=true"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(["devices=2"], id="two-processes"),
+        pytest.param(["trl.vllm_mode=server", "trl.trainer_gpus=[0]", "trl.server_gpus=[1]"], id="server"),
+    ],
+)
+def test_two_gpus_make_two_steps_and_the_canary_holds(settings: list[str], tmp_path: Path, judge_on_gpu: str) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    makes_two_steps(request("trl", run_dir, judge_on_gpu, *SETTINGS, *settings))
+
+
+async def test_a_vllm_server_of_our_own_answers_as_trl_asks(tmp_path: Path, judge_on_gpu: str) -> None:
+    """All of server mode but the weights, which NCCL does not pass between two processes of one GPU."""
+    from trl.generation.vllm_client import VLLMClient
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    asked = request("trl", run_dir, judge_on_gpu, "trl.vllm_mode=server", "trl.server_gpus=[0]")
+    before = pids_on_gpu()
+    prompt = canary_prompt(load_tokenizer(asked.base_model))
+    async with open_vllm_server(asked.profile, asked.base_model, run_dir) as url:
+        assert url is not None
+        client = await asyncio.to_thread(VLLMClient, base_url=url)
+        assert client.get_world_size() == 1
+        written = await asyncio.to_thread(client.generate, [prompt], n=2, max_tokens=16, logprobs=0)
+    assert written["prompt_ids"] == [prompt]
+    model = AutoModelForCausalLM.from_pretrained(asked.base_model, dtype=torch.float32)
+    for title, logprobs in zip(written["completion_ids"], written["logprobs"], strict=True):
+        tokens = torch.tensor([[*prompt, *title]])
+        with torch.no_grad():
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        trained = logits.log_softmax(-1).gather(1, tokens[0, len(prompt) :, None])[:, 0].tolist()
+        sampled = [token[0] for token in logprobs]
+        found = compare(
+            sampled, trained, tokens=len(title), sampler="the server", tolerance=asked.profile.canary_tolerance
+        )
+        show("TRL's server, nats apart", found.metrics())
+    assert wait_until_gone(set(), before, 2.0) == []
 
 
 def makes_two_steps(asked: TrainingRequest) -> None:
