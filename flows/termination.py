@@ -3,48 +3,67 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from prefect.exceptions import TerminationSignal
+from prefect.utilities import engine
+
+PREFECTS = engine._prefect_sigterm_handler
 
 
 @asynccontextmanager
 async def no_sigterm_lost() -> AsyncIterator[None]:
-    """Cancel the present task where what Prefect raises for SIGTERM would get lost, and raise it plain.
+    """Let SIGTERM cancel the present task, as Ctrl-C does, and raise Prefect's signal once the task has ended.
 
-    Its handler raises wherever the main thread happens to be. In a callback of the event loop, or in a task that nobody
-    waits for, asyncio only logs what was raised, and the flow would go on. In a task group, such as those that HTTP
-    clients connect in, it comes out in a `BaseExceptionGroup`, which is no termination to Prefect or the command line.
+    Prefect's own handler raises wherever the main thread happens to be. In a callback of the event loop, or in a task
+    that nobody waits for, asyncio only logs what was raised, and the flow would go on; between a future's result and
+    the call of those that wait for it they would wait for ever. A second SIGTERM raises all the same.
+
+    What runs without an await hears of it only at its end. Inside another such context, and where Prefect does not
+    catch the signal, such as outside the main thread, nothing is changed.
     """
-    task = asyncio.current_task()
+    if signal.getsignal(signal.SIGTERM) is not PREFECTS or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    loop = asyncio.get_running_loop()
-    before = loop.get_exception_handler()
+    came = False
 
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if _termination(context.get("exception")) is not None:
-            task.cancel()
-        elif before is not None:
-            before(loop, context)
-        else:
-            loop.default_exception_handler(context)
+    def cancel(number: int, *_: object) -> None:
+        nonlocal came
+        if came:
+            PREFECTS(number)
+        came = True
+        task.cancel()
+        # It may be waiting for something to happen.
+        loop.call_soon_threadsafe(lambda: None)
 
-    loop.set_exception_handler(handle)
+    _handle_by(cancel)
     try:
         yield
-    except BaseExceptionGroup as group:
-        termination = _termination(group)
-        if termination is None:
+    except BaseException as error:
+        # Cancelled, or ended by a second signal, perhaps in a task group. An error of its own comes first.
+        if not came or isinstance(error, Exception):
             raise
-        raise termination from None
     finally:
-        loop.set_exception_handler(before)
+        _handle_by(PREFECTS)
+    if came:
+        # Where nothing was awaited any more the task has not been told yet, and Prefect's next await would be.
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        task.uncancel()
+        raise TerminationSignal(signal.SIGTERM)
 
 
-def _termination(error: BaseException | None) -> TerminationSignal | None:
-    """Return the signal that `error` is, or holds as a group."""
-    if isinstance(error, BaseExceptionGroup):
-        return next((found for one in error.exceptions if (found := _termination(one)) is not None), None)
-    return error if isinstance(error, TerminationSignal) else None
+def _handle_by(handler: object) -> None:
+    """Have SIGTERM handled by `handler`, which Prefect is to take for its own.
+
+    It answers a worker that wants to cancel a run only while the handler in place is the one it knows by this name.
+    """
+    with engine._prefect_sigterm_bridge_lock:
+        signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
+        engine._prefect_sigterm_handler = handler  # type: ignore[assignment]

@@ -44,7 +44,6 @@ async def training_page(
     async with get_client() as client:
         await page.send(client)
         sender = asyncio.create_task(page.send_news(client))
-        sender.add_done_callback(_raise_at_once)
         try:
             yield on_progress
         finally:
@@ -53,12 +52,6 @@ async def training_page(
                 await sender
         # Not where the run was cancelled or failed: its end is not to wait for this.
         await page.send(client)
-
-
-def _raise_at_once(sender: asyncio.Task[None]) -> None:
-    """Give what ended the sender, such as Prefect's signal, to the event loop now and not at the training's end."""
-    if not sender.cancelled() and (error := sender.exception()) is not None:
-        raise error
 
 
 async def name_after(run: RunDirectory) -> None:
