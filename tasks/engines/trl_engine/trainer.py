@@ -142,6 +142,7 @@ def _load_with_unsloth(request: TrainingRequest) -> tuple[Any, Any]:
     # `process` has imported it before everything else.
     from unsloth import FastLanguageModel
 
+    _compile_a_chunk_alone()
     profile = request.profile
     model, tokenizer = FastLanguageModel.from_pretrained(
         request.base_model,
@@ -159,6 +160,21 @@ def _load_with_unsloth(request: TrainingRequest) -> tuple[Any, Any]:
         model, use_gradient_checkpointing="unsloth", random_state=profile.seed, **adapter
     )
     return model, tokenizer
+
+
+def _compile_a_chunk_alone() -> None:
+    """Let Unsloth compile the log-probabilities of one chunk, instead of those of all chunks of a pass in one graph.
+
+    A pass has four chunks for each of its titles, and scoring a step's titles is one pass: 192 chunks by default. One
+    graph of them took 3 to 5 s of compilation a chunk on two cores, so the first step took many minutes. Unsloth has
+    both ways; this one, which its UNSLOTH_GRPO_LOGPROB_RECOMPUTE asks for in the update alone, holds less memory
+    besides.
+    """
+    from unsloth_zoo import rl_replacements
+
+    rl_replacements.chunked_hidden_states_selective_log_softmax = (
+        rl_replacements.chunked_hidden_states_selective_log_softmax_recompute
+    )
 
 
 def _check_dropout(model: Any) -> None:
