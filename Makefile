@@ -10,7 +10,7 @@ BIN := .venv/bin
 PYTHON_GPU ?= python3.12
 ART := .venv-gpu-art
 TRL := .venv-gpu-trl
-GPU_PYTHON ?= $(PYTHON)
+GPU_PYTHON ?= $(wildcard $(ART)/bin/python $(TRL)/bin/python)
 
 .PHONY: run up down gpu-art gpu-trl gpu-driver test test-gpu test-containers check bench format help
 
@@ -86,9 +86,15 @@ test-containers: .venv/.test-ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[cpu,dev,containers]'
 	$(BIN)/python -m pytest tests/containers
 
-# make test-gpu : the tests that need a CUDA device; GPU_PYTHON=... is the Python of one engine's environment, whose tests run
+# make test-gpu : the tests that need a CUDA device, in each GPU environment that is here; GPU_PYTHON=... for another Python
 test-gpu:
-	$(GPU_PYTHON) -m pytest -m gpu -rs tests/gpu
+	@test -n "$(GPU_PYTHON)" || { echo "No GPU environment is here. Try: make gpu-art, or: make GPU_PYTHON=/path/to/its/python test-gpu"; exit 1; }
+	@# Neither environment has pytest; its version is that of the other tests.
+	@failed=; for python in $(GPU_PYTHON); do \
+		$$python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints-gpu-art.txt pytest pytest-asyncio || exit 1; \
+		echo "$$python -m pytest -m gpu -rs tests/gpu"; \
+		$$python -m pytest -m gpu -rs tests/gpu || failed=1; \
+	done; test -z "$$failed"
 
 # make bench : measure the reward server (about twenty minutes on two cores); BENCH_ARGS="--quick" for one
 bench: .venv/.test-ready

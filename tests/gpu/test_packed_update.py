@@ -5,21 +5,16 @@ Runs in a process of its own, where Unsloth is imported first.
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+from gpu_parts import needs, show
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
-    pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="Unsloth is not installed here"),
-]
+pytestmark = needs("art", "unsloth", "bitsandbytes")
 COMPARISON = Path(__file__).with_name("compare_packed_update.py")
 
 
@@ -37,7 +32,10 @@ def test_a_packed_update_is_that_of_its_titles_one_by_one(tmp_path: Path) -> Non
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["sequences"]["shared"] < found["sequences"]["alone"]
     figures, rounding = found["packed_against_single"], found["rounding_alone"]
+    show("a packed update against single titles, and another kernel against them", [figures, rounding])
     # Sharing a prompt may not put them further apart than another attention kernel alone does, but for chance.
     assert figures["logprob_mean"] < 2 * rounding["logprob_mean"] + 0.001
     assert figures["gradient_cosine"] > 0.99
-    assert 0.97 < figures["gradient_norm_ratio"] < 1.03
+    # Of this small model another kernel alone changes the norm by 3.8% (H100), the packed update by 3.1%.
+    apart, by_rounding = (abs(math.log(part["gradient_norm_ratio"])) for part in (figures, rounding))
+    assert apart < by_rounding + 0.02

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_the_same_command_makes_two_steps_and_the_canary_holds(failed: Failed) -
 def test_unsloth_in_the_trainer_makes_two_steps_and_the_canary_holds(tmp_path: Path, judge_on_gpu: str) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    makes_two_steps(request("trl", run_dir, judge_on_gpu, *SETTINGS, "trl.unsloth=true"))
+    makes_two_steps(request("trl", run_dir, judge_on_gpu, f"max_steps={STEPS}", "trl.unsloth=true"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -95,20 +96,14 @@ def test_two_gpus_make_two_steps_and_the_canary_holds(settings: list[str], tmp_p
     makes_two_steps(request("trl", run_dir, judge_on_gpu, *SETTINGS, *settings))
 
 
-async def test_a_vllm_server_of_our_own_answers_as_trl_asks(tmp_path: Path, judge_on_gpu: str) -> None:
+def test_a_vllm_server_of_our_own_answers_as_trl_asks(tmp_path: Path, judge_on_gpu: str) -> None:
     """All of server mode but the weights, which NCCL does not pass between two processes of one GPU."""
-    from trl.generation.vllm_client import VLLMClient
-
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     asked = request("trl", run_dir, judge_on_gpu, "trl.vllm_mode=server", "trl.server_gpus=[0]")
     before = pids_on_gpu()
     prompt = canary_prompt(load_tokenizer(asked.base_model))
-    async with open_vllm_server(asked.profile, asked.base_model, run_dir) as url:
-        assert url is not None
-        client = await asyncio.to_thread(VLLMClient, base_url=url)
-        assert client.get_world_size() == 1
-        written = await asyncio.to_thread(client.generate, [prompt], n=2, max_tokens=16, logprobs=0)
+    written = asyncio.run(written_by_a_server(asked, prompt))
     assert written["prompt_ids"] == [prompt]
     model = AutoModelForCausalLM.from_pretrained(asked.base_model, dtype=torch.float32)
     for title, logprobs in zip(written["completion_ids"], written["logprobs"], strict=True):
@@ -122,6 +117,17 @@ async def test_a_vllm_server_of_our_own_answers_as_trl_asks(tmp_path: Path, judg
         )
         show("TRL's server, nats apart", found.metrics())
     assert wait_until_gone(set(), before, 2.0) == []
+
+
+async def written_by_a_server(asked: TrainingRequest, prompt: list[int]) -> dict[str, Any]:
+    """Return what TRL's own client gets from a vLLM server of this project's: two titles."""
+    from trl.generation.vllm_client import VLLMClient
+
+    async with open_vllm_server(asked.profile, asked.base_model, asked.run_dir) as url:
+        assert url is not None
+        client = await asyncio.to_thread(VLLMClient, base_url=url)
+        assert client.get_world_size() == 1
+        return await asyncio.to_thread(client.generate, [prompt], n=2, max_tokens=16, logprobs=0)
 
 
 def makes_two_steps(asked: TrainingRequest) -> None:
