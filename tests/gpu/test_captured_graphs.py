@@ -7,15 +7,13 @@ import sys
 
 import pytest
 import torch
+from gpu_parts import needs
 
 from reward_server.model_files import find_model
 from reward_server.scorer import Scorer, load_scorer
 from reward_server.settings import RewardServerSettings
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
-]
+pytestmark = needs()
 TOLERANCE = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.1}
 
 

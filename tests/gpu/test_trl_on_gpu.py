@@ -138,7 +138,7 @@ def makes_two_steps(asked: TrainingRequest) -> None:
     )
     rows = rows_of(asked)
     show("TRL rows", rows)
-    assert result.steps == STEPS and told == [1, 2] and sorted(rows) == [0, 1, 2]
+    assert result.steps == STEPS and told == [0, 1, 2] and sorted(rows) == [0, 1, 2]
     for step in (1, 2):
         assert 0 <= rows[step][names.CANARY_MEAN_DIFFERENCE] <= asked.profile.canary_tolerance
         assert rows[step]["train/groups_trainable"] >= 1

@@ -21,6 +21,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from gpu_parts import needs
 
 from reward_server.client import RewardClient, RewardInput
 from reward_server.merge import merge
@@ -38,8 +39,7 @@ STEPS, STORIES, TITLES = 10, 8, 6
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device"),
+    *needs(),
     pytest.mark.skipif(
         COMMAND is None and importlib.util.find_spec("vllm") is None,
         reason="vLLM is not installed here, and VLLM_COMMAND does not name one",

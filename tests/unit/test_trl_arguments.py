@@ -138,6 +138,7 @@ COLOCATE = {
     "vllm_gpu_memory_utilization": 0.3,
     "vllm_max_model_length": 8192,
     "vllm_enable_sleep_mode": True,
+    "generation_kwargs": {"detokenize": False},
 }
 
 
@@ -158,7 +159,7 @@ def test_a_gpu_generates_with_vllm(overrides: list[str], expected: dict[str, Any
     chosen = arguments(qwen(*overrides), vllm_server_url="http://127.0.0.1:8000")
     fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
     assert set(chosen) <= fields
-    own = {key: value for key, value in chosen.items() if key.startswith(("vllm_", "ddp_"))}
+    own = {key: value for key, value in chosen.items() if key.startswith(("vllm_", "ddp_", "generation_"))}
     # Any free one: two runs on one machine must not meet.
     assert ("vllm_group_port" in own) is ("vllm_server_base_url" in own)
     assert own.pop("vllm_group_port", 1024) >= 1024

@@ -185,6 +185,8 @@ def _cuda_arguments(profile: Profile, vllm_server_url: str | None) -> dict[str, 
         "vllm_max_model_length": profile.max_prompt_tokens + profile.max_completion_tokens,
         # its memory is the trainer's during the update
         "vllm_enable_sleep_mode": profile.trl.vllm_sleep,
+        # TRL reads token ids alone. In this process nothing else goes on while vLLM would write them out as text.
+        "generation_kwargs": {"detokenize": False},
     }
 
 
