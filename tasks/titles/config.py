@@ -87,7 +87,11 @@ class TrlSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises to its value")
-    micro_batch: int = Field(12, ge=1, description="titles per forward and backward pass, on each device")
+    micro_batch: int = Field(
+        12,
+        ge=1,
+        description="titles per forward and backward pass, on each device; more are faster and take more memory",
+    )
     vllm_mode: Literal["colocate", "server"] = Field(
         "colocate", description="on a GPU: vLLM in the trainer's process, or a server on GPUs of its own"
     )

@@ -1,7 +1,8 @@
 """TRL's engine on a GPU with vLLM in its process, and the reward server beside it: learns, and survives full memory.
 
 One training in two sittings: the first step's update finds no memory, and the same command makes two steps. Others
-with Unsloth in the trainer, with two GPUs where there are two, and a vLLM server alone. `-s` shows the figures.
+with Unsloth in the trainer, with two GPUs where there are two, with a vLLM server beside the trainer, and that server
+alone. `-s` shows the figures.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from trl_full_update import BEGINS
 
 from tasks.engines.canary import canary_prompt, compare
-from tasks.engines.contract import TrainingRequest
+from tasks.engines.contract import TrainingRequest, TrainingResult
 from tasks.engines.gpu.failures import family
 from tasks.engines.resume import adapter_folder, stored_state
 from tasks.engines.trl_engine import arguments, launch
@@ -96,8 +97,30 @@ def test_two_gpus_make_two_steps_and_the_canary_holds(settings: list[str], tmp_p
     makes_two_steps(request("trl", run_dir, judge_on_gpu, *SETTINGS, *settings))
 
 
+def test_a_vllm_server_beside_the_trainer_takes_its_weights(
+    tmp_path: Path, judge_on_gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Server mode on one GPU: NCCL joins two processes of one GPU that say they are on two hosts."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    asked = request("trl", run_dir, judge_on_gpu, *SETTINGS, "trl.vllm_mode=server")
+    serving = request("trl", run_dir, judge_on_gpu, *SETTINGS, "trl.vllm_mode=server", "trl.server_gpus=[0]")
+
+    async def train_beside_a_server(asked: TrainingRequest, **listeners: Any) -> TrainingResult:
+        async with open_vllm_server(serving.profile, serving.base_model, tmp_path) as url:
+            assert url is not None
+            monkeypatch.setenv("VLLM_SERVER_URL", url)
+            monkeypatch.setenv("NCCL_HOSTID", "trainer")
+            return await launch.train(asked, **listeners)
+
+    monkeypatch.setenv("NCCL_HOSTID", "server")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
+    makes_two_steps(asked, train_beside_a_server)
+
+
 def test_a_vllm_server_of_our_own_answers_as_trl_asks(tmp_path: Path, judge_on_gpu: str) -> None:
-    """All of server mode but the weights, which NCCL does not pass between two processes of one GPU."""
+    """All of server mode but the weights."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     asked = request("trl", run_dir, judge_on_gpu, "trl.vllm_mode=server", "trl.server_gpus=[0]")
@@ -130,12 +153,12 @@ async def written_by_a_server(asked: TrainingRequest, prompt: list[int]) -> dict
         return await asyncio.to_thread(client.generate, [prompt], n=2, max_tokens=16, logprobs=0)
 
 
-def makes_two_steps(asked: TrainingRequest) -> None:
+def makes_two_steps(
+    asked: TrainingRequest, train: Callable[..., Coroutine[Any, Any, TrainingResult]] = launch.train
+) -> None:
     before = pids_on_gpu()
     told: list[int] = []
-    result = asyncio.run(
-        launch.train(asked, tracker=PlainTracker(), on_progress=lambda progress: told.append(progress.step))
-    )
+    result = asyncio.run(train(asked, tracker=PlainTracker(), on_progress=lambda progress: told.append(progress.step)))
     rows = rows_of(asked)
     show("TRL rows", rows)
     assert result.steps == STEPS and told == [0, 1, 2] and sorted(rows) == [0, 1, 2]
