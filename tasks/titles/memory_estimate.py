@@ -209,20 +209,22 @@ def _art_pass(profile: Profile, shape: ModelShape) -> tuple[Part, ...]:
 
 
 def _trl(profile: Profile, shape: ModelShape, gpu_bytes: float) -> tuple[Phase, ...]:
-    """TRL: trainer and vLLM in one process; the trainer's weights stay on the GPU, vLLM's leave it while it trains."""
+    """TRL: trainer and vLLM in one process; the trainer's weights stay on the GPU, and vLLM leaves it while it trains,
+    unless it is told to stay or is Unsloth's, whose weights are the trainer's."""
     titles = min(profile.trl.micro_batch, max(1, profile.groups_per_step * profile.group_size // profile.devices))
     tokens = titles * (profile.max_prompt_tokens + profile.max_completion_tokens)
     colocated = profile.trl.vllm_mode == "colocate"
     own = (
-        Part("base weights", weight_bytes(shape)),
+        *(() if profile.trl.unsloth else (Part("base weights", weight_bytes(shape)),)),
         Part("adapter and optimiser", shape.lora_parameters(profile.lora_rank) * ADAPTER_TRAINING),
         Part("CUDA", CUDA_PROCESS),
     )
     share = (Part("vLLM's share", profile.trl.vllm_memory_share * gpu_bytes),) if colocated else ()
-    asleep = (Part("vLLM asleep", VLLM_ASLEEP),) if colocated else ()
+    sleeps = colocated and profile.trl.vllm_sleep and not profile.trl.unsloth
+    beside = (Part("vLLM asleep", VLLM_ASLEEP),) if sleeps else share
     work = (
         Part("activations", activation_bytes(shape, tokens)),
         # TRL asks for the logits of the titles alone.
         Part("logits", logit_bytes(shape, titles * (profile.max_completion_tokens + 1))),
     )
-    return Phase("rollouts", "gpu", (*own, *share)), Phase("training", "gpu", (*own, *work, *asleep))
+    return Phase("rollouts", "gpu", (*own, *share)), Phase("training", "gpu", (*own, *work, *beside))

@@ -153,7 +153,7 @@ def test_reward_models_on_the_same_gpu_count_in_every_phase() -> None:
 
 
 def training(changes: list[str], **there: float) -> dict[str, dict[str, float]]:
-    """The bytes of each part in each phase of ART's training of the 0.5B model."""
+    """The bytes of each part in each phase of a training of the 0.5B model, with ART unless `changes` say otherwise."""
     found = estimate_on(load_profile("qwen-0.5b", changes), shape(QWEN_HALF), **there)
     return {phase.name: {part.name: part.bytes for part in phase.parts} for phase in found.phases}
 
@@ -189,6 +189,23 @@ def test_who_is_on_arts_gpu_beside_whom(
     assert ("base weights" in phases["rollouts"]) is stay
     assert {"vLLM asleep", "vLLM's share"} & phases["training"].keys() == ({vllm} if vllm else set())
     assert phases["rollouts"]["vLLM's share"] == 0.75 * there.get("gpu_bytes", 80 * GB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "writing", "learning"),
+    [
+        ([], {"base weights", "vLLM's share"}, {"base weights", "vLLM asleep"}),
+        (["trl.vllm_sleep=false"], {"base weights", "vLLM's share"}, {"base weights", "vLLM's share"}),
+        (["trl.unsloth=true"], {"vLLM's share"}, {"vLLM's share"}),
+        (["trl.vllm_mode=server"], {"base weights"}, {"base weights"}),
+    ],
+    ids=["sleep", "awake", "Unsloth", "server"],
+)
+def test_who_is_on_trls_gpu_beside_whom(changes: list[str], writing: set[str], learning: set[str]) -> None:
+    phases = training(["engine=trl", *changes])
+    told = {"base weights", "vLLM asleep", "vLLM's share"}
+    assert told & phases["rollouts"].keys() == writing
+    assert told & phases["training"].keys() == learning
 
 
 def test_a_checkpoint_holds_the_adapter_and_two_moments() -> None:
